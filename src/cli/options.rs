@@ -1,0 +1,260 @@
+//! The table of options: the one place that knows how an option is spelled and described.
+//!
+//! The normaliser, `--help`, the man page and the tests all read it. What the typed values mean is
+//! [`Args`](super::Args)' business.
+
+use std::fmt::Display;
+use std::net::SocketAddr;
+use std::str::FromStr;
+
+use super::values::{CpuList, PipeSize, Workers};
+use crate::config::{Handoff, NetnsSource, SummaryFormat, Transfer};
+
+/// Options that belong together, under one heading.
+pub(super) struct Section {
+    pub(super) title: &'static str,
+    pub(super) options: &'static [Opt],
+}
+
+/// One option.
+pub(super) struct Opt {
+    pub(super) short: Option<char>,
+    /// The long name, with its dashes.
+    pub(super) long: &'static str,
+    /// What follows it; `None` for a switch.
+    pub(super) value: Option<Value>,
+    /// A phrase without a full stop; ASCII.
+    pub(super) help: &'static str,
+    /// What holds when the option is not given, as a person would type or say it.
+    pub(super) default: Option<&'static str>,
+}
+
+/// The value an option takes.
+pub(super) struct Value {
+    /// Its placeholder.
+    pub(super) name: &'static str,
+    /// Completes "... is not ..." in an error text.
+    pub(super) form: &'static str,
+    /// Parses it as the field of [`Args`](super::Args) does, for the reason it is refused.
+    pub(super) check: fn(&str) -> Result<(), String>,
+}
+
+/// The option of this short name.
+pub(super) fn by_short(short: char) -> Option<&'static Opt> {
+    all().find(|option| option.short == Some(short))
+}
+
+/// The option of this long name, with its dashes; names cannot be abbreviated.
+pub(super) fn by_long(long: &str) -> Option<&'static Opt> {
+    all().find(|option| option.long == long)
+}
+
+/// All options, in the order of the table.
+pub(super) fn all() -> impl Iterator<Item = &'static Opt> {
+    SECTIONS.iter().flat_map(|section| section.options)
+}
+
+pub(super) const HELP: &str = "--help";
+pub(super) const VERSION: &str = "--version";
+
+/// The table.
+pub(super) const SECTIONS: &[Section] = &[
+    Section { title: "Listen side (exactly one of -l, -L, -S)", options: LISTEN_SIDE },
+    Section { title: "Connect side (exactly one of -c, -C)", options: CONNECT_SIDE },
+    Section { title: "Forwarding", options: FORWARDING },
+    Section { title: "Reporting", options: REPORTING },
+];
+
+const LISTEN_SIDE: &[Opt] = &[
+    Opt {
+        short: Some('l'),
+        long: "--listen",
+        value: Some(ADDRESS),
+        help: "Bind this numeric address and listen; [::]:PORT takes IPv4 too, \
+               port 0 lets the kernel choose",
+        default: None,
+    },
+    Opt {
+        short: Some('L'),
+        long: "--listen-fd",
+        value: Some(FD),
+        help: "Accept from this inherited listening socket, as it is",
+        default: None,
+    },
+    Opt {
+        short: Some('S'),
+        long: "--preaccepted-fd",
+        value: Some(FD),
+        help: "Forward this inherited connected socket as the only client, then exit",
+        default: None,
+    },
+    Opt {
+        short: Some('f'),
+        long: "--listen-netns-file",
+        value: Some(NETNS),
+        help: "Listen in this network namespace: a path such as /proc/1234/ns/net, \
+               a name that ip netns knows, or pid:N",
+        default: Some("the caller's"),
+    },
+    Opt {
+        short: Some('F'),
+        long: "--listen-netns-fd",
+        value: Some(FD),
+        help: "Listen in the network namespace this inherited descriptor refers to",
+        default: None,
+    },
+];
+
+const CONNECT_SIDE: &[Opt] = &[
+    Opt {
+        short: Some('c'),
+        long: "--connect",
+        value: Some(ADDRESS),
+        help: "Forward to this numeric address",
+        default: None,
+    },
+    Opt {
+        short: Some('C'),
+        long: "--connect-fd",
+        value: Some(FD),
+        help: "Forward one connection to this inherited connected socket, then exit",
+        default: None,
+    },
+    Opt {
+        short: Some('t'),
+        long: "--connect-netns-file",
+        value: Some(NETNS),
+        help: "Connect from this network namespace, named as for -f",
+        default: Some("the caller's"),
+    },
+    Opt {
+        short: Some('T'),
+        long: "--connect-netns-fd",
+        value: Some(FD),
+        help: "Connect from the network namespace this inherited descriptor refers to",
+        default: None,
+    },
+];
+
+const FORWARDING: &[Opt] = &[
+    Opt {
+        short: None,
+        long: "--handoff",
+        value: Some(HANDOFF),
+        help: "Pass the connector the listening socket, once, or each accepted connection",
+        default: Some("socket"),
+    },
+    Opt {
+        short: None,
+        long: "--transfer",
+        value: Some(TRANSFER),
+        help: "Copy the bytes, splice them through a pipe, or choose by what each direction \
+               of a connection carries",
+        default: Some("auto"),
+    },
+    Opt {
+        short: None,
+        long: "--pipe-size",
+        value: Some(PIPE_SIZE),
+        help: "Capacity of each pipe, 4K to 1024M; K and M mean KiB and MiB",
+        default: Some("1M"),
+    },
+    Opt {
+        short: None,
+        long: "--workers",
+        value: Some(WORKERS),
+        help: "Number of worker threads, 1 to 1024",
+        default: Some("one for each allowed CPU"),
+    },
+    Opt {
+        short: None,
+        long: "--cpus",
+        value: Some(CPUS),
+        help: "CPUs to run the workers on, in turn, such as 0-2,5",
+        default: Some("all that are allowed"),
+    },
+    Opt {
+        short: None,
+        long: "--no-pin",
+        value: None,
+        help: "Let workers move between CPUs",
+        default: None,
+    },
+];
+
+const REPORTING: &[Opt] = &[
+    Opt {
+        short: Some('v'),
+        long: "--verbose",
+        value: None,
+        help: "Log the listening address and a line for each connection",
+        default: None,
+    },
+    Opt {
+        short: None,
+        long: "--ready-fd",
+        value: Some(FD),
+        help: "Tell this inherited descriptor the address once connections are accepted",
+        default: None,
+    },
+    Opt {
+        short: None,
+        long: "--summary",
+        value: Some(SUMMARY),
+        help: "Print a summary on standard output at exit",
+        default: None,
+    },
+    Opt { short: Some('h'), long: HELP, value: None, help: "Print this help", default: None },
+    Opt {
+        short: Some('V'),
+        long: VERSION,
+        value: None,
+        help: "Print the name and version",
+        default: None,
+    },
+];
+
+const ADDRESS: Value =
+    Value { name: "IP:PORT", form: "a numeric IP:PORT or [IPv6]:PORT", check: check::<SocketAddr> };
+const FD: Value = Value { name: "FD", form: "a file descriptor number", check: check::<u64> };
+const NETNS: Value =
+    Value { name: "NETNS", form: "a path, a name or pid:N", check: check::<NetnsSource> };
+const HANDOFF: Value =
+    Value { name: "socket|connections", form: "socket or connections", check: check::<Handoff> };
+const TRANSFER: Value =
+    Value { name: "auto|copy|splice", form: "auto, copy or splice", check: check::<Transfer> };
+const PIPE_SIZE: Value =
+    Value { name: "BYTES", form: "a size from 4K to 1024M", check: check::<PipeSize> };
+const WORKERS: Value =
+    Value { name: "N", form: "a number from 1 to 1024", check: check::<Workers> };
+const CPUS: Value = Value {
+    name: "LIST",
+    form: "a list of CPU numbers below 1024 such as 0-2,5",
+    check: check::<CpuList>,
+};
+const SUMMARY: Value = Value { name: "json", form: "json", check: check::<SummaryFormat> };
+
+fn check<T: FromStr<Err: Display>>(value: &str) -> Result<(), String> {
+    value.parse::<T>().map(drop).map_err(|reason| reason.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique() {
+        for option in all() {
+            assert_eq!(all().filter(|other| other.long == option.long).count(), 1);
+            let shorts = all().filter(|other| other.short == option.short).count();
+            assert!(option.short.is_none() || shorts == 1, "{}", option.long);
+        }
+    }
+
+    #[test]
+    fn long_names_start_with_dashes_and_hold_no_equals_sign() {
+        for option in all() {
+            assert!(option.long.starts_with("--") && !option.long.contains('='));
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! How the values of options are written.
+//!
+//! Addresses and numbers use the standard library's syntax and error texts: they are the ones
+//! netns_tcp_bridge has. A refusal here is a reason alone; the normaliser adds which option, the
+//! value and the form wanted.
+
+use std::num::ParseIntError;
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+
+use crate::config::{Handoff, NetnsSource, SummaryFormat, Transfer};
+
+/// More threads than CPUs only cost; more CPUs than this no `cpu_set_t` can name.
+const WORKERS: RangeInclusive<usize> = 1..=1024;
+/// `CPU_SETSIZE` of sched_setaffinity(2): the affinity calls know no CPU from this one on.
+const CPU_LIMIT: usize = 1024;
+/// From one page, the least a pipe holds, to 1 GiB, far above any `fs.pipe-max-size`.
+const PIPE_SIZE_BYTES: RangeInclusive<u64> = 4096..=1 << 30;
+
+/// Number of worker threads, 1 to 1024.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Workers(pub usize);
+
+/// CPU numbers, each once, in the order typed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CpuList(pub Vec<usize>);
+
+/// Size of a pipe in bytes, 4096 to 1 GiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PipeSize(pub u32);
+
+impl FromStr for Workers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let workers = number(text)?;
+        if WORKERS.contains(&workers) { Ok(Self(workers)) } else { Err("out of range".into()) }
+    }
+}
+
+impl FromStr for CpuList {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut cpus = Vec::new();
+        for item in text.split(',') {
+            let (first, last) = item.split_once('-').unwrap_or((item, item));
+            let range = cpu(first)?..=cpu(last)?;
+            if range.is_empty() {
+                return Err(format!("the range {item} ends before it starts"));
+            }
+            for cpu in range {
+                if !cpus.contains(&cpu) {
+                    cpus.push(cpu);
+                }
+            }
+        }
+        Ok(Self(cpus))
+    }
+}
+
+fn cpu(text: &str) -> Result<usize, String> {
+    let cpu = number(text)?;
+    if cpu < CPU_LIMIT { Ok(cpu) } else { Err(format!("no CPU has the number {cpu}")) }
+}
+
+impl FromStr for PipeSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (digits, unit_bytes) = if let Some(digits) = text.strip_suffix('K') {
+            (digits, 1 << 10)
+        } else if let Some(digits) = text.strip_suffix('M') {
+            (digits, 1 << 20)
+        } else {
+            (text, 1)
+        };
+        number::<u64>(digits)?
+            .checked_mul(unit_bytes)
+            .filter(|bytes| PIPE_SIZE_BYTES.contains(bytes))
+            .and_then(|bytes| u32::try_from(bytes).ok())
+            .map(Self)
+            .ok_or_else(|| "out of range".into())
+    }
+}
+
+impl FromStr for NetnsSource {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("pid:").map(number) {
+            None => Ok(Self::Path(text.into())),
+            Some(Ok(0)) => Err("process ids start at 1".into()),
+            Some(pid) => pid.map(Self::Pid),
+        }
+    }
+}
+
+impl FromStr for Handoff {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "socket" => Ok(Self::Socket),
+            "connections" => Ok(Self::Connections),
+            _ => Err(UNKNOWN_WORD.into()),
+        }
+    }
+}
+
+impl FromStr for Transfer {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "copy" => Ok(Self::Copy),
+            "splice" => Ok(Self::Splice),
+            _ => Err(UNKNOWN_WORD.into()),
+        }
+    }
+}
+
+impl FromStr for SummaryFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "json" { Ok(Self::Json) } else { Err(UNKNOWN_WORD.into()) }
+    }
+}
+
+const UNKNOWN_WORD: &str = "unknown word";
+
+fn number<T: FromStr<Err = ParseIntError>>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|error: ParseIntError| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_cpu_list_keeps_its_order_and_drops_duplicates() {
+        let cpus = |text: &str| text.parse().map(|CpuList(cpus)| cpus);
+        assert_eq!(cpus("0-2,5"), Ok(vec![0, 1, 2, 5]));
+        assert_eq!(cpus("7,3-4,4,7,0"), Ok(vec![7, 3, 4, 0]));
+        assert_eq!(cpus("1023"), Ok(vec![1023]));
+        assert_eq!(cpus("3-3"), Ok(vec![3]));
+    }
+
+    #[test]
+    fn a_bad_cpu_list_says_why() {
+        let reason = |text: &str| text.parse::<CpuList>().unwrap_err();
+        assert_eq!(reason("1024"), "no CPU has the number 1024");
+        assert_eq!(reason("0-4294967295"), "no CPU has the number 4294967295");
+        assert_eq!(reason("0,5-2"), "the range 5-2 ends before it starts");
+        for empty in ["", ",", "0,", "1-", "-1"] {
+            assert_eq!(reason(empty), "cannot parse integer from empty string", "{empty:?}");
+        }
+        for bad in ["0-1-2", "x", " 1", "1;2"] {
+            assert_eq!(reason(bad), "invalid digit found in string", "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_pipe_size_is_in_bytes_kib_or_mib() {
+        let bytes = |text: &str| text.parse().map(|PipeSize(bytes)| bytes).ok();
+        assert_eq!(bytes("4096"), Some(4096));
+        assert_eq!(bytes("4K"), Some(4096));
+        assert_eq!(bytes("65537"), Some(65537));
+        assert_eq!(bytes("1M"), Some(1_048_576));
+        assert_eq!(bytes("1024M"), Some(1_073_741_824));
+        let bad =
+            ["4095", "3K", "1025M", "1073741825", "18446744073709551615M", "", "K", "1G", "1k"];
+        for text in bad {
+            assert_eq!(bytes(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn workers_are_limited() {
+        let workers = |text: &str| text.parse().map(|Workers(workers)| workers).ok();
+        assert_eq!(workers("1"), Some(1));
+        assert_eq!(workers("1024"), Some(1024));
+        for text in ["0", "1025", "-1", "", "two"] {
+            assert_eq!(workers(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn only_a_pid_prefix_makes_a_process_of_a_namespace() {
+        let netns = |text: &str| text.parse::<NetnsSource>();
+        assert_eq!(netns("pid:1234"), Ok(NetnsSource::Pid(1234)));
+        for path in ["/proc/1/ns/net", "blue", "./pid:1", "PID:1", "pid", ""] {
+            assert_eq!(netns(path), Ok(NetnsSource::Path(path.into())));
+        }
+        for bad in ["pid:", "pid:0", "pid:-1", "pid:x", "pid:1 ", "pid:4294967296"] {
+            assert!(netns(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn words_are_taken_whole() {
+        assert_eq!("connections".parse(), Ok(Handoff::Connections));
+        assert_eq!("splice".parse(), Ok(Transfer::Splice));
+        assert_eq!("json".parse(), Ok(SummaryFormat::Json));
+        assert!("sock".parse::<Handoff>().is_err());
+        assert!("Auto".parse::<Transfer>().is_err());
+        assert!("".parse::<SummaryFormat>().is_err());
+    }
+}

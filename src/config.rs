@@ -1,0 +1,139 @@
+//! What the command line means: types that cannot hold a wrong mix of options.
+//!
+//! [`crate::cli`] says what was typed; this module says what is to be done. It opens nothing and
+//! asks the kernel nothing.
+
+use std::net::SocketAddr;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+/// Everything the program was asked to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// What to forward, and where to. The command line makes exactly one.
+    pub forwards: Vec<Forward>,
+    /// How accepted connections reach the connector.
+    pub handoff: Handoff,
+    /// How a half moves its bytes.
+    pub transfer: Transfer,
+    /// Number of worker threads; `None`: one for each CPU the process may run on.
+    pub workers: Option<usize>,
+    /// CPUs the workers run on, in turn; `None`: all the process may run on.
+    pub cpus: Option<Vec<usize>>,
+    /// Whether each worker is pinned to its CPU.
+    pub pin: bool,
+    /// Capacity wanted for each pipe, in bytes.
+    pub pipe_size_bytes: u32,
+    /// Log the listening address and a line for each connection.
+    pub verbose: bool,
+    /// Inherited descriptor that is told the address once connections are accepted.
+    pub ready_fd: Option<RawFd>,
+    /// What to print on standard output at the end.
+    pub summary: Option<SummaryFormat>,
+}
+
+/// One forwarding rule: connections from the listen side go to the connect side.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forward {
+    /// Where connections come from.
+    pub listen: ListenSide,
+    /// Where they go to.
+    pub connect: ConnectSide,
+}
+
+/// Where connections come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ListenSide {
+    /// `-l`: bind and listen at an address, in a namespace.
+    Bind {
+        /// Address to bind; port 0 lets the kernel choose.
+        address: SocketAddr,
+        /// Namespace to enter first; `None`: the caller's.
+        netns: Option<Netns>,
+    },
+    /// `-L`: an inherited listening socket.
+    Listener(RawFd),
+    /// `-S`: an inherited connected socket, the only client.
+    Accepted(RawFd),
+}
+
+/// Where connections go to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConnectSide {
+    /// `-c`: connect to an address, from a namespace.
+    Address {
+        /// Address of the target.
+        address: SocketAddr,
+        /// Namespace to enter first; `None`: the caller's.
+        netns: Option<Netns>,
+    },
+    /// `-C`: an inherited connected socket, for a single connection.
+    Connected(RawFd),
+}
+
+/// A network namespace as the user named it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Netns {
+    /// The option that named it, for error texts: `-f`, `-F`, `-t` or `-T`.
+    pub option: &'static str,
+    /// How it was named.
+    pub source: NetnsSource,
+}
+
+/// The ways to name a network namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetnsSource {
+    /// A file, or when there is no such file a name as `ip netns` keeps them.
+    Path(PathBuf),
+    /// `pid:N`: the namespace of a process.
+    Pid(u32),
+    /// An inherited descriptor.
+    Fd(RawFd),
+}
+
+/// What crosses the socketpair between the two processes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Handoff {
+    /// The listening socket, once; workers accept.
+    #[default]
+    Socket,
+    /// Each accepted connection, in batches.
+    Connections,
+}
+
+/// How a half moves its bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transfer {
+    /// Copy or splice, by the size of the half's reads.
+    #[default]
+    Auto,
+    /// Always recv into a buffer and send from it.
+    Copy,
+    /// Always splice through a pipe.
+    Splice,
+}
+
+/// Format of the summary written at exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SummaryFormat {
+    /// One JSON object.
+    Json,
+}
+
+impl Config {
+    /// Whether any namespace option was given.
+    pub fn names_a_netns(&self) -> bool {
+        self.forwards.iter().any(|forward| {
+            matches!(forward.listen, ListenSide::Bind { netns: Some(_), .. })
+                || matches!(forward.connect, ConnectSide::Address { netns: Some(_), .. })
+        })
+    }
+}
+
+impl Forward {
+    /// Whether the rule forwards one connection and is then done.
+    pub fn is_single(&self) -> bool {
+        matches!(self.listen, ListenSide::Accepted(_))
+            || matches!(self.connect, ConnectSide::Connected(_))
+    }
+}

@@ -1,0 +1,157 @@
+//! The connector process: the child. It enters the connect side's namespace, starts the workers,
+//! gives them what the listener hands over, and adds up what they did.
+
+use nix::errno::Errno;
+use nix::poll::{PollFlags, PollTimeout};
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signalfd::SignalFd;
+use nix::unistd::Pid;
+
+use crate::config::{Config, SummaryFormat};
+use crate::crew::{Crew, Seed};
+use crate::error::{Error, Kind, Result};
+use crate::flow::End;
+use crate::handoff::{Channel, Message, Received};
+use crate::log::Log;
+use crate::netns;
+use crate::process::{ConnectPart, Wake, wait_any};
+use crate::stats::Summary;
+use crate::sys::SharedCounters;
+use crate::worker::Settings;
+
+/// What the connector is given at the fork.
+pub struct Part<'a> {
+    /// What was asked for.
+    pub config: &'a Config,
+    /// The CPU of each worker.
+    pub cpus: Vec<usize>,
+    /// Where connections go to.
+    pub connect: ConnectPart,
+    /// There is one connection only.
+    pub single: bool,
+    /// To the listener.
+    pub control: Channel,
+    /// From the listener to each worker.
+    pub handoff: Vec<Channel>,
+    /// Connections each worker has ended.
+    pub ended: SharedCounters,
+    /// SIGINT and SIGTERM.
+    pub signals: SignalFd,
+}
+
+/// The CPU each worker is to run on. Errors if there is none.
+pub fn worker_cpus(config: &Config, single: bool) -> Result<Vec<usize>> {
+    let cpus = match &config.cpus {
+        Some(cpus) => cpus.clone(),
+        None => {
+            let allowed = sched_getaffinity(Pid::from_raw(0)).map_err(|errno| {
+                Error::system(Kind::Kernel, "cannot ask for the allowed CPUs", errno, "")
+            })?;
+            (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false)).collect()
+        }
+    };
+    // One connection is one worker's.
+    let count = if single { 1 } else { config.workers.unwrap_or(cpus.len()) };
+    Ok(cpus.iter().copied().cycle().take(count).collect())
+}
+
+/// Serves until told to stop, or until the only connection is over. Returns the exit status.
+pub fn run(part: Part) -> Result<u8> {
+    let config = part.config;
+    let (target, connected) = match part.connect {
+        ConnectPart::Connected(socket) => (None, Some(socket)),
+        ConnectPart::Address(address, netns) => {
+            netns.as_ref().map(netns::enter).transpose()?;
+            (Some(address), None)
+        }
+    };
+    raise_descriptor_limit();
+    let (log, log_writer) = Log::start(config.verbose)
+        .map_err(|error| Error::new(Kind::Kernel, format!("cannot start a thread: {error}")))?;
+    let settings = Settings {
+        transfer: config.transfer,
+        target: target.map_or_else(|| "-C".to_owned(), |target| target.to_string()),
+        single: part.single,
+    };
+    let mut connected = connected;
+    let mut handoff = part.handoff.into_iter();
+    let seeds = part.cpus.iter().map(|&cpu| Seed {
+        cpu: config.pin.then_some(cpu),
+        target,
+        pipe_size_bytes: config.pipe_size_bytes,
+        settings: settings.clone(),
+        log: log.clone(),
+        connected: connected.take(),
+        handoff: handoff.next(),
+        ended: part.ended.clone(),
+    });
+    let mut crew = Crew::start(seeds.collect())?;
+    let served = serve(&mut crew, &part.control, &part.signals);
+    let (stats, last_end) = crew.stop()?;
+    served?;
+    drop(log);
+    // All workers are gone, so the writer ends when it has written what it has.
+    let _ = log_writer.join();
+    if config.summary == Some(SummaryFormat::Json) {
+        println!("{}", Summary::new("uring", stats).to_json());
+    }
+    let failed = !matches!(last_end, None | Some(End::Complete | End::Stopped));
+    Ok(if part.single && failed { Kind::Connection.status() } else { 0 })
+}
+
+/// Starts up with the listener, then waits for the end.
+fn serve(crew: &mut Crew, control: &Channel, signals: &SignalFd) -> Result<()> {
+    let lost = |errno| Error::system(Kind::Process, "lost the listener process", errno, "");
+    let mut announced = false;
+    control.send(Message::Ready, &[]).map_err(lost)?;
+    loop {
+        let attention = crew.attention();
+        match wait_any(control, signals, &[(&*attention, PollFlags::POLLIN)], PollTimeout::NONE)? {
+            Wake::Signal => return Ok(()),
+            Wake::Own => crew.collect(),
+            Wake::Control => match control.receive() {
+                Ok(Some(received)) => hand_on(received, crew)?,
+                // The listener is gone, or told us to stop by closing its end.
+                Ok(None) | Err(Errno::ECONNRESET) => return Ok(()),
+                Err(errno) => return Err(lost(errno)),
+            },
+        }
+        if crew.has_ended() {
+            return Ok(());
+        }
+        if crew.is_accepting() && !announced {
+            announced = true;
+            control.send(Message::Accepting, &[]).map_err(lost)?;
+        }
+    }
+}
+
+/// Gives the workers what the listener has sent.
+fn hand_on(received: Received, crew: &mut Crew) -> Result<()> {
+    let missing = || Error::new(Kind::Kernel, "RLIMIT_NOFILE is too low to receive a socket");
+    let mut sockets = received.sockets.into_iter();
+    match received.message {
+        Message::Listener => crew.listen(&sockets.next().ok_or_else(missing)?),
+        Message::Connections => {
+            crew.forward(sockets.next().ok_or_else(missing)?);
+            Ok(())
+        }
+        Message::Start => {
+            crew.accept_handoff();
+            Ok(())
+        }
+        other => Err(Error::new(Kind::Process, format!("the listener is confused: {other:?}"))),
+    }
+}
+
+/// Two descriptors a connection add up: the soft limit is often 1024 for the sake of select(2),
+/// which is not used here.
+fn raise_descriptor_limit() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        // Refused: the soft limit stays, and with it fewer connections.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}

@@ -1,0 +1,236 @@
+//! The kernel behind one boundary: what a worker may ask for, and what it is told.
+//!
+//! An [`Engine`] owns the descriptors' system calls and the memory of the buffers. Requests
+//! (`accept`, `connect`, `recv`, `send`, ...) finish later with a [`Completion`] that carries the
+//! request's [`Token`]; the other calls are done when they return. An engine knows no flow: it
+//! keeps no state about a connection.
+
+pub(crate) mod buffers;
+pub mod uring;
+
+use nix::errno::Errno;
+use nix::sys::socket::SockaddrStorage;
+
+use crate::flow::Op;
+
+/// Names a request, and through it what the completion is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Token {
+    /// A request of the flow in slot `index`, valid while the slot's generation is `generation`.
+    Flow {
+        /// Slot.
+        index: u32,
+        /// Generation, 24 bits.
+        generation: u32,
+        /// Request.
+        op: Op,
+    },
+    /// A new connection, or the failure to get one.
+    Accept,
+    /// The worker's channel from the listener has something to read.
+    Handoff,
+    /// The worker's command channel has something to read.
+    Command,
+    /// Nobody waits for it: closing and cancelling.
+    Ignored,
+}
+
+impl Token {
+    const ACCEPT: u64 = 0x20;
+    const HANDOFF: u64 = 0x21;
+    const COMMAND: u64 = 0x22;
+    const IGNORED: u64 = 0x23;
+
+    /// Bits of a generation.
+    pub const GENERATION_MASK: u32 = (1 << 24) - 1;
+
+    /// The token as the kernel carries it: slot, generation, request, from low to high bits.
+    pub fn encode(self) -> u64 {
+        match self {
+            Token::Flow { index, generation, op } => {
+                let generation = u64::from(generation & Self::GENERATION_MASK);
+                u64::from(index) | generation << 32 | (op.index() as u64) << 56
+            }
+            Token::Accept => Self::ACCEPT << 56,
+            Token::Handoff => Self::HANDOFF << 56,
+            Token::Command => Self::COMMAND << 56,
+            Token::Ignored => Self::IGNORED << 56,
+        }
+    }
+
+    /// The inverse of [`Token::encode`].
+    pub fn decode(bits: u64) -> Token {
+        match bits >> 56 {
+            Self::ACCEPT => Token::Accept,
+            Self::HANDOFF => Token::Handoff,
+            Self::COMMAND => Token::Command,
+            op => match Op::ALL.get(op as usize) {
+                Some(&op) => Token::Flow {
+                    index: bits as u32,
+                    generation: (bits >> 32) as u32 & Self::GENERATION_MASK,
+                    op,
+                },
+                None => Token::Ignored,
+            },
+        }
+    }
+}
+
+/// A buffer with received bytes that are not yet sent: an offset and an end in the buffer `id`.
+///
+/// It is neither `Copy` nor `Clone`: whoever holds it is the only one to send from it, and giving
+/// it back consumes it. So one flow's bytes cannot reach another.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Buffer {
+    pub(crate) id: u16,
+    pub(crate) start: u32,
+    pub(crate) end: u32,
+}
+
+impl Buffer {
+    /// Bytes not yet sent.
+    pub fn len(&self) -> u32 {
+        self.end - self.start
+    }
+
+    /// Whether all was sent.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Takes note that the first `len` bytes were sent.
+    pub fn consume(&mut self, len: u32) {
+        self.start = (self.start + len).min(self.end);
+    }
+}
+
+/// What a finished request brings.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome<S> {
+    /// A new connection; `armed`: more will come without asking again.
+    Accepted {
+        /// The accepted socket.
+        result: Result<S, Errno>,
+        /// The request goes on.
+        armed: bool,
+    },
+    /// Connecting, waiting for something to read: done or not.
+    Done(Result<(), Errno>),
+    /// Received bytes.
+    Received {
+        /// The bytes; `None`: end of stream.
+        result: Result<Option<Buffer>, Errno>,
+        /// The socket had more.
+        more: bool,
+    },
+    /// Number of bytes sent.
+    Sent(Result<u32, Errno>),
+    /// A watched socket changed.
+    Watched {
+        /// It takes bytes.
+        writable: bool,
+        /// It failed.
+        failed: bool,
+        /// The request goes on.
+        armed: bool,
+    },
+}
+
+/// A finished request, or one report of a lasting one.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Completion<S> {
+    /// The request.
+    pub token: Token,
+    /// What came of it.
+    pub outcome: Outcome<S>,
+}
+
+/// How long to wait for a completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sleep {
+    /// Not at all: there is other work.
+    No,
+    /// At most this many milliseconds.
+    ForMs(u32),
+    /// Until there is one.
+    Forever,
+}
+
+/// What a worker needs of the kernel. Requests take effect at the next [`Engine::wait`].
+pub trait Engine {
+    /// A socket; dropping it closes it.
+    type Socket;
+    /// A pipe, possibly with bytes in it; dropping it closes it.
+    type Pipe;
+
+    /// Accepts connections until one completion says it is no longer armed.
+    fn accept(&mut self, token: Token, listener: &Self::Socket);
+    /// Connects `socket` to the target.
+    fn connect(&mut self, token: Token, socket: &Self::Socket);
+    /// Receives into a buffer the engine provides, when there is something to receive;
+    /// `wait_first`: do not try before the socket says so.
+    fn recv(&mut self, token: Token, socket: &Self::Socket, wait_first: bool);
+    /// Completes when there is something to read (or an end or error to be read).
+    fn readable(&mut self, token: Token, socket: &Self::Socket);
+    /// Sends as much of `buffer` as the socket takes at once.
+    fn send(&mut self, token: Token, socket: &Self::Socket, buffer: &Buffer);
+    /// Reports whenever the socket becomes writable or fails, until cancelled.
+    fn watch(&mut self, token: Token, socket: &Self::Socket);
+    /// Ends a request early. Its completion still comes.
+    fn cancel(&mut self, token: Token);
+    /// Closes a socket that has no request in flight.
+    fn close(&mut self, socket: Self::Socket);
+
+    /// A new socket for the target, ready to be connected.
+    fn target_socket(&mut self) -> Result<Self::Socket, Errno>;
+    /// Shuts down the writing direction.
+    fn shutdown(&mut self, socket: &Self::Socket);
+    /// Makes the peer see a reset.
+    fn reset(&mut self, socket: &Self::Socket);
+    /// Who is at the other end, if the socket still knows.
+    fn peer(&self, socket: &Self::Socket) -> Option<SockaddrStorage>;
+    /// Gives a buffer back.
+    fn give_back(&mut self, buffer: Buffer);
+    /// An empty pipe and its capacity in bytes.
+    fn take_pipe(&mut self) -> Option<(Self::Pipe, u32)>;
+    /// Gives a pipe back; only an empty one is used again.
+    fn release_pipe(&mut self, pipe: Self::Pipe);
+    /// Moves up to `len` bytes from a socket into a pipe, without waiting.
+    fn fill(
+        &mut self,
+        socket: &Self::Socket,
+        pipe: &mut Self::Pipe,
+        len: u32,
+    ) -> Result<u32, Errno>;
+    /// Moves `len` bytes from a pipe into a socket, without waiting.
+    fn drain(
+        &mut self,
+        pipe: &mut Self::Pipe,
+        socket: &Self::Socket,
+        len: u32,
+    ) -> Result<u32, Errno>;
+
+    /// Hands the requests to the kernel and waits for a completion as long as `sleep` allows.
+    fn wait(&mut self, sleep: Sleep) -> Result<(), Errno>;
+    /// The next completion that is there.
+    fn completion(&mut self) -> Option<Completion<Self::Socket>>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::Side;
+
+    #[test]
+    fn a_token_survives_the_kernel() {
+        for op in Op::ALL {
+            let token = Token::Flow { index: 0xdead_beef, generation: 0x00ab_cdef, op };
+            assert_eq!(Token::decode(token.encode()), token);
+        }
+        for token in [Token::Accept, Token::Handoff, Token::Command, Token::Ignored] {
+            assert_eq!(Token::decode(token.encode()), token);
+        }
+        let send = Token::Flow { index: 7, generation: 1, op: Op::Send(Side::Listen) };
+        assert_eq!(send.encode(), 0x0500_0001_0000_0007);
+    }
+}

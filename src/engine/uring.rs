@@ -1,0 +1,331 @@
+//! The io_uring engine: one ring, used by one thread.
+//!
+//! The ring says *when*; bulk bytes are moved by splice(2) on the ring's own thread, because the
+//! kernel runs every IORING_OP_SPLICE on a kernel worker thread (kernel-fact 1). Nothing that is
+//! submitted here may be punted to such a worker: sends do not wait, and shutting down, which
+//! always is, is the plain system call.
+
+#![allow(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+
+use io_uring::types::{Fd, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode, squeue};
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::socket::{
+    Shutdown, SockFlag, SockType, SockaddrLike, SockaddrStorage, getpeername, setsockopt, shutdown,
+    socket, sockopt,
+};
+
+use super::buffers::{Buffers, GROUP};
+use super::{Buffer, Completion, Engine, Outcome, Sleep, Token};
+use crate::error::{Error, Kind};
+use crate::flow::Op;
+use crate::half::BUFFER_BYTES;
+use crate::pipe::{Pipe, PipePool};
+
+/// Requests that can be collected before they must be handed to the kernel.
+const SQ_ENTRIES: u32 = 1024;
+
+/// Completions that can wait to be read. Past it the kernel keeps them itself (NODROP).
+const CQ_ENTRIES: u32 = 8192;
+
+/// From the kernel's `io_uring.h`; the crate keeps them to itself.
+const RECVSEND_POLL_FIRST: u16 = 1 << 0;
+const ENTER_GETEVENTS: u32 = 1 << 0;
+const ENTER_EXT_ARG: u32 = 1 << 3;
+const ENTER_NO_IOWAIT: u32 = 1 << 7;
+
+/// An engine on one io_uring ring.
+pub struct Uring {
+    // Dropped in this order: the ring before the buffers it receives into.
+    ring: IoUring,
+    buffers: Buffers,
+    pipes: PipePool,
+    /// Boxed: requests point to it.
+    target: Option<Box<SockaddrStorage>>,
+    /// Completions taken from the ring and not yet handed on.
+    inbox: VecDeque<cqueue::Entry>,
+    enter_flags: u32,
+}
+
+impl Uring {
+    /// A ring for the calling thread, which must be the only one to use it. It connects to
+    /// `target`, if there is one, and splices through pipes of `pipe_size_bytes`.
+    pub fn new(target: Option<SocketAddr>, pipe_size_bytes: u32) -> Result<Self, Error> {
+        let ring = build_ring().map_err(|error| refused("set up a ring", &error))?;
+        let mut buffers = Buffers::new()
+            .map_err(|errno| Error::system(Kind::Kernel, "cannot map buffers", errno, ""))?;
+        buffers.register(&ring).map_err(|error| refused("register buffers", &error))?;
+        let no_iowait = ring.params().is_feature_no_iowait();
+        Ok(Self {
+            ring,
+            buffers,
+            pipes: PipePool::new(pipe_size_bytes),
+            target: target.map(|target| Box::new(SockaddrStorage::from(target))),
+            inbox: VecDeque::with_capacity(CQ_ENTRIES as usize),
+            enter_flags: ENTER_GETEVENTS | if no_iowait { ENTER_NO_IOWAIT } else { 0 },
+        })
+    }
+
+    fn push(&mut self, token: Token, entry: squeue::Entry) {
+        let entry = entry.user_data(token.encode());
+        // SAFETY: what the entries point to outlives the requests: buffers are part of the
+        // engine, the target's address is boxed, and a flow closes a socket or gives a buffer
+        // back only after the request that uses it has completed (`Flow::in_flight`).
+        while unsafe { self.ring.submission().push(&entry) }.is_err() {
+            if self.ring.submit().is_err() {
+                // EBUSY: the kernel wants its completions read first; others pass by themselves.
+                self.inbox.extend(self.ring.completion());
+            }
+        }
+    }
+
+    fn decode(&mut self, entry: &cqueue::Entry) -> Option<Completion<OwnedFd>> {
+        let token = Token::decode(entry.user_data());
+        let result = decode_result(entry.result());
+        let armed = cqueue::more(entry.flags());
+        let outcome = match token {
+            Token::Ignored => return None,
+            Token::Accept => {
+                // SAFETY: the kernel has just made this descriptor for this completion alone.
+                let result = result.map(|fd| unsafe { OwnedFd::from_raw_fd(fd as i32) });
+                Outcome::Accepted { result, armed }
+            }
+            Token::Handoff | Token::Command => Outcome::Done(result.map(drop)),
+            Token::Flow { op, .. } => match op {
+                Op::Connect | Op::Readable(_) => Outcome::Done(result.map(drop)),
+                Op::Recv(_) => self.decode_received(entry, result),
+                Op::Send(_) => Outcome::Sent(result),
+                Op::Watch(_) => {
+                    let events = result.unwrap_or(0) as i16;
+                    let failed = events & libc::POLLERR != 0;
+                    Outcome::Watched { writable: events & libc::POLLOUT != 0, failed, armed }
+                }
+            },
+        };
+        Some(Completion { token, outcome })
+    }
+
+    fn decode_received(
+        &mut self,
+        entry: &cqueue::Entry,
+        result: Result<u32, Errno>,
+    ) -> Outcome<OwnedFd> {
+        let more = cqueue::sock_nonempty(entry.flags());
+        let id = cqueue::buffer_select(entry.flags());
+        let buffer = id.map(|id| Buffer { id, start: 0, end: result.unwrap_or(0) });
+        let result = match result {
+            Ok(0) | Err(_) => {
+                if let Some(unused) = buffer {
+                    self.buffers.give_back(unused);
+                }
+                match result {
+                    // More buffers can be had: as if there had been nothing to receive.
+                    Err(Errno::ENOBUFS) if self.buffers.grow() => Err(Errno::EAGAIN),
+                    _ => result.map(|_| None),
+                }
+            }
+            Ok(_) => Ok(buffer),
+        };
+        Outcome::Received { result, more }
+    }
+}
+
+impl Engine for Uring {
+    type Socket = OwnedFd;
+    type Pipe = Pipe;
+
+    fn accept(&mut self, token: Token, listener: &OwnedFd) {
+        let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+        self.push(token, opcode::AcceptMulti::new(fd(listener)).flags(flags).build());
+    }
+
+    fn connect(&mut self, token: Token, socket: &OwnedFd) {
+        if let Some(target) = &self.target {
+            let entry = opcode::Connect::new(fd(socket), target.as_ptr(), target.len());
+            self.push(token, entry.build());
+        }
+    }
+
+    fn recv(&mut self, token: Token, socket: &OwnedFd, wait_first: bool) {
+        let entry = opcode::Recv::new(fd(socket), std::ptr::null_mut(), BUFFER_BYTES)
+            .buf_group(GROUP)
+            .ioprio(if wait_first { RECVSEND_POLL_FIRST } else { 0 })
+            .build()
+            .flags(squeue::Flags::BUFFER_SELECT);
+        self.push(token, entry);
+    }
+
+    fn readable(&mut self, token: Token, socket: &OwnedFd) {
+        // One-shot, so it asks for the state as it is, not for a change: a fill that stopped
+        // early needs no probe. It cannot spin after a FIN (kernel-fact 11), because then the
+        // flow reads the end and never waits here again.
+        self.push(token, opcode::PollAdd::new(fd(socket), libc::POLLIN as u32).build());
+    }
+
+    fn send(&mut self, token: Token, socket: &OwnedFd, buffer: &Buffer) {
+        // MSG_DONTWAIT: a send that had to wait on a half-closed socket would be punted to a
+        // kernel worker (kernel-fact 13).
+        let entry = opcode::Send::new(fd(socket), self.buffers.bytes(buffer), buffer.len())
+            .flags(libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL);
+        self.push(token, entry.build());
+    }
+
+    fn watch(&mut self, token: Token, socket: &OwnedFd) {
+        // Multishot, so a socket whose peer has sent its FIN is reported once (kernel-fact 11).
+        let entry = opcode::PollAdd::new(fd(socket), libc::POLLOUT as u32).multi(true);
+        self.push(token, entry.build());
+    }
+
+    fn cancel(&mut self, token: Token) {
+        let entry = opcode::AsyncCancel::new(token.encode()).build();
+        self.push(Token::Ignored, entry.flags(squeue::Flags::SKIP_SUCCESS));
+    }
+
+    fn close(&mut self, socket: OwnedFd) {
+        let entry = opcode::Close::new(Fd(socket.into_raw_fd())).build();
+        self.push(Token::Ignored, entry.flags(squeue::Flags::SKIP_SUCCESS));
+    }
+
+    fn target_socket(&mut self) -> Result<OwnedFd, Errno> {
+        let target = self.target.as_ref().ok_or(Errno::EDESTADDRREQ)?;
+        let family = target.family().ok_or(Errno::EAFNOSUPPORT)?;
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let socket = socket(family, SockType::Stream, flags, None)?;
+        setsockopt(&socket, sockopt::TcpNoDelay, &true)?;
+        Ok(socket)
+    }
+
+    fn shutdown(&mut self, socket: &OwnedFd) {
+        // ENOTCONN: the peer has reset it; reading tells.
+        let _ = shutdown(socket.as_raw_fd(), Shutdown::Write);
+    }
+
+    fn reset(&mut self, socket: &OwnedFd) {
+        // It fails when the peer has reset it first, and for unix-domain sockets, which have no
+        // reset: closing is all that can be done.
+        let _ = crate::sys::reset(socket);
+    }
+
+    fn peer(&self, socket: &OwnedFd) -> Option<SockaddrStorage> {
+        getpeername(socket.as_raw_fd()).ok()
+    }
+
+    fn give_back(&mut self, buffer: Buffer) {
+        self.buffers.give_back(buffer);
+    }
+
+    fn take_pipe(&mut self) -> Option<(Pipe, u32)> {
+        self.pipes.take()
+    }
+
+    fn release_pipe(&mut self, pipe: Pipe) {
+        self.pipes.give_back(pipe);
+    }
+
+    fn fill(&mut self, socket: &OwnedFd, pipe: &mut Pipe, len: u32) -> Result<u32, Errno> {
+        pipe.fill(socket, len)
+    }
+
+    fn drain(&mut self, pipe: &mut Pipe, socket: &OwnedFd, len: u32) -> Result<u32, Errno> {
+        pipe.drain(socket, len)
+    }
+
+    fn wait(&mut self, sleep: Sleep) -> Result<(), Errno> {
+        self.inbox.extend(self.ring.completion());
+        let sleep = if self.inbox.is_empty() { sleep } else { Sleep::No };
+        let to_submit = self.ring.submission().len() as u32;
+        let submitter = self.ring.submitter();
+        let flags = self.enter_flags;
+        // SAFETY: the queue holds `to_submit` entries (see `push`), and the argument, where there
+        // is one, lives until the call returns.
+        let result = unsafe {
+            match sleep {
+                Sleep::No => submitter.enter::<libc::sigset_t>(to_submit, 0, flags, None),
+                Sleep::Forever => submitter.enter::<libc::sigset_t>(to_submit, 1, flags, None),
+                Sleep::ForMs(ms) => {
+                    let time =
+                        Timespec::new().sec(u64::from(ms / 1000)).nsec(ms % 1000 * 1_000_000);
+                    let args = SubmitArgs::new().timespec(&time);
+                    submitter.enter(to_submit, 1, flags | ENTER_EXT_ARG, Some(&args))
+                }
+            }
+        };
+        self.inbox.extend(self.ring.completion());
+        match result.map_err(errno_of) {
+            // EAGAIN and EBUSY: not all was submitted; what was not is still in the queue.
+            Ok(_) | Err(Errno::EINTR | Errno::ETIME | Errno::EAGAIN | Errno::EBUSY) => Ok(()),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    fn completion(&mut self) -> Option<Completion<OwnedFd>> {
+        while let Some(entry) = self.inbox.pop_front() {
+            let completion = self.decode(&entry);
+            if completion.is_some() {
+                return completion;
+            }
+        }
+        None
+    }
+}
+
+fn fd(socket: &OwnedFd) -> Fd {
+    Fd(socket.as_raw_fd())
+}
+
+fn build_ring() -> std::io::Result<IoUring> {
+    IoUring::builder()
+        // One thread submits and reaps, so the kernel takes no lock for others' sake ...
+        .setup_single_issuer()
+        // ... and runs its deferred work when the thread asks for it, not by interrupting it.
+        .setup_defer_taskrun()
+        // A failed entry does not hold up those behind it.
+        .setup_submit_all()
+        .setup_cqsize(CQ_ENTRIES)
+        .build(SQ_ENTRIES)
+}
+
+fn refused(what: &str, error: &std::io::Error) -> Error {
+    let cause = match errno_of_ref(error) {
+        Errno::ENOSYS => "this kernel has no io_uring, or a seccomp filter hides it",
+        Errno::EPERM => {
+            "sysctl kernel.io_uring_disabled or a seccomp filter forbids it to this process"
+        }
+        Errno::EINVAL => "this kernel is older than 6.1",
+        Errno::ENOMEM => "not enough memory, or RLIMIT_MEMLOCK is too low",
+        Errno::EMFILE => "RLIMIT_NOFILE is too low",
+        _ => "",
+    };
+    Error::system(Kind::Kernel, format!("io_uring: cannot {what}"), errno_of_ref(error), cause)
+}
+
+/// The kernel reports a failure as a negative errno.
+fn decode_result(result: i32) -> Result<u32, Errno> {
+    u32::try_from(result).map_err(|_| Errno::from_raw(-result))
+}
+
+fn errno_of(error: std::io::Error) -> Errno {
+    errno_of_ref(&error)
+}
+
+fn errno_of_ref(error: &std::io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_negative_result_is_an_errno() {
+        assert_eq!(decode_result(-22), Err(Errno::EINVAL));
+        assert_eq!(decode_result(-104), Err(Errno::ECONNRESET));
+        assert_eq!(decode_result(0), Ok(0));
+        assert_eq!(decode_result(16384), Ok(16384));
+    }
+}

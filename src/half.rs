@@ -1,0 +1,252 @@
+//! One direction of a flow: where its bytes are, and how it wants to read more.
+//!
+//! A half is in one of two ways of reading. *Copy* receives into a buffer; *splice* waits for
+//! readiness and fills a pipe. Under [`Transfer::Auto`] it changes from one to the other by the
+//! size of its reads. Between reads it holds neither a buffer nor a pipe.
+
+use nix::errno::Errno;
+
+use crate::config::Transfer;
+use crate::flow::{Action, Op, Side};
+
+/// Size of a buffer in bytes: the largest read in copy, and where copy and splice cross.
+pub const BUFFER_BYTES: u32 = 16 << 10;
+
+/// Bytes between two waits below which a burst counts as small.
+const SMALL_BURST_BYTES: u64 = BUFFER_BYTES as u64;
+
+/// Small bursts in a row that bring a half back from splice to copy. More than one, so that the
+/// short end of each large message does not.
+const SMALL_BURSTS_TO_COPY: u8 = 4;
+
+/// What a half holds of its worker's resources.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// Nothing: idle.
+    Nothing,
+    /// A buffer.
+    Buffer {
+        /// Bytes in it that are not yet delivered.
+        pending: u32,
+    },
+    /// A pipe.
+    Pipe {
+        /// Bytes it can hold.
+        capacity: u32,
+        /// Bytes in it that are not yet delivered.
+        pending: u32,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// May or may not have something to read.
+    Unknown,
+    /// Had nothing more when last read.
+    Empty,
+    /// Has something to read.
+    Ready,
+    /// Will never have anything more: end of stream, or failed.
+    Ended,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Copy,
+    Splice,
+}
+
+/// One direction of a flow.
+#[derive(Clone, Debug)]
+pub struct Half {
+    transfer: Transfer,
+    way: Way,
+    source: Source,
+    held: Held,
+    delivered_bytes: u64,
+    /// Value of `delivered_bytes` at the last wait.
+    delivered_at_wait: u64,
+    small_bursts: u8,
+    /// The next read is a receive, whatever the way: only a receive tells an end of stream from
+    /// an urgent mark, and works where no pipe is to be had.
+    must_recv: bool,
+    shut: bool,
+}
+
+impl Half {
+    pub(crate) fn new(transfer: Transfer) -> Self {
+        Self {
+            transfer,
+            way: if transfer == Transfer::Splice { Way::Splice } else { Way::Copy },
+            source: Source::Unknown,
+            held: Held::Nothing,
+            delivered_bytes: 0,
+            delivered_at_wait: 0,
+            small_bursts: 0,
+            must_recv: false,
+            shut: false,
+        }
+    }
+
+    pub(crate) fn held(&self) -> Held {
+        self.held
+    }
+
+    /// Bytes held and not yet delivered.
+    pub(crate) fn pending(&self) -> u32 {
+        match self.held {
+            Held::Nothing => 0,
+            Held::Buffer { pending } | Held::Pipe { pending, .. } => pending,
+        }
+    }
+
+    pub(crate) fn delivered_bytes(&self) -> u64 {
+        self.delivered_bytes
+    }
+
+    pub(crate) fn source_is_empty(&self) -> bool {
+        self.source == Source::Empty
+    }
+
+    /// Nothing more will be read.
+    pub(crate) fn is_at_end(&self) -> bool {
+        self.source == Source::Ended
+    }
+
+    /// Nothing more will be read, and all that was read is delivered.
+    pub(crate) fn is_drained(&self) -> bool {
+        self.is_at_end() && self.pending() == 0
+    }
+
+    /// The end of the stream was passed on.
+    pub(crate) fn is_shut(&self) -> bool {
+        self.shut
+    }
+
+    /// Passes the end of the stream on; false if that was done before.
+    pub(crate) fn shut(&mut self) -> bool {
+        !std::mem::replace(&mut self.shut, true)
+    }
+
+    /// Whether what is held is of no use now. A pipe is kept while there is something to fill.
+    pub(crate) fn wants_release(&self) -> bool {
+        match self.held {
+            Held::Nothing => false,
+            Held::Buffer { .. } => true,
+            Held::Pipe { .. } => self.source != Source::Ready || self.must_recv,
+        }
+    }
+
+    pub(crate) fn on_released(&mut self) {
+        self.held = Held::Nothing;
+    }
+
+    /// The read that can be made at once, if there is one.
+    pub(crate) fn next_read(&self, side: Side) -> Option<Action> {
+        if self.way == Way::Copy || self.must_recv || self.source != Source::Ready {
+            return None;
+        }
+        match self.held {
+            Held::Pipe { capacity, .. } => Some(Action::Fill { half: side, len: capacity }),
+            _ => Some(Action::TakePipe(side)),
+        }
+    }
+
+    /// The request to wait for something to read.
+    pub(crate) fn next_wait(&mut self, side: Side) -> Op {
+        if self.way == Way::Splice {
+            self.end_burst();
+        }
+        if self.way == Way::Copy || self.must_recv { Op::Recv(side) } else { Op::Readable(side) }
+    }
+
+    /// A burst has ended: goes back to copy after enough small ones.
+    fn end_burst(&mut self) {
+        let burst = self.delivered_bytes - self.delivered_at_wait;
+        self.delivered_at_wait = self.delivered_bytes;
+        self.small_bursts =
+            if burst < SMALL_BURST_BYTES { self.small_bursts.saturating_add(1) } else { 0 };
+        if self.small_bursts >= SMALL_BURSTS_TO_COPY && self.transfer == Transfer::Auto {
+            self.small_bursts = 0;
+            self.way = Way::Copy;
+        }
+    }
+
+    pub(crate) fn on_received(
+        &mut self,
+        result: Result<u32, Errno>,
+        more: bool,
+    ) -> Result<(), Errno> {
+        match result {
+            Ok(0) => self.source = Source::Ended,
+            Ok(len) => {
+                self.must_recv = false;
+                self.held = Held::Buffer { pending: len };
+                self.source = if more { Source::Ready } else { Source::Empty };
+                if self.transfer == Transfer::Auto && more && len == BUFFER_BYTES {
+                    self.way = Way::Splice;
+                    self.delivered_at_wait = self.delivered_bytes;
+                }
+            }
+            Err(Errno::EAGAIN | Errno::EINTR | Errno::ECANCELED | Errno::ENOBUFS) => {
+                self.source = Source::Unknown;
+            }
+            Err(errno) => {
+                self.source = Source::Ended;
+                return Err(errno);
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn on_readable(&mut self, result: Result<(), Errno>) {
+        match result {
+            Ok(()) => self.source = Source::Ready,
+            Err(Errno::EINTR | Errno::ECANCELED) => {}
+            // The wait could not be made: a receive waits by itself, or tells the error.
+            Err(_) => self.must_recv = true,
+        }
+    }
+
+    pub(crate) fn on_pipe(&mut self, capacity: Option<u32>) {
+        match capacity {
+            Some(capacity) => self.held = Held::Pipe { capacity, pending: 0 },
+            None => self.must_recv = true,
+        }
+    }
+
+    pub(crate) fn on_filled(&mut self, result: Result<u32, Errno>) -> Result<(), Errno> {
+        match result {
+            Ok(0) => self.must_recv = true,
+            Ok(len) => {
+                let Held::Pipe { capacity, pending } = &mut self.held else { return Ok(()) };
+                *pending = len;
+                // A short fill took all there was, or ended at the pipe's last slot or at an
+                // urgent mark: the next wait tells.
+                self.source = if len < *capacity { Source::Unknown } else { Source::Ready };
+            }
+            Err(Errno::EINTR) => {}
+            // Readiness was reported, and there is nothing to splice: at an urgent mark that
+            // stays so. A receive goes past it, or waits.
+            Err(Errno::EAGAIN) => {
+                self.must_recv = self.delivered_bytes == self.delivered_at_wait;
+                self.source = Source::Unknown;
+            }
+            Err(errno) => {
+                self.source = Source::Ended;
+                return Err(errno);
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the bytes still pending.
+    pub(crate) fn on_delivered(&mut self, len: u32) -> u32 {
+        if let Held::Buffer { pending } | Held::Pipe { pending, .. } = &mut self.held {
+            debug_assert!(len <= *pending, "a sink takes no more than it is given");
+            *pending -= len;
+        }
+        self.delivered_bytes += u64::from(len);
+        self.pending()
+    }
+}

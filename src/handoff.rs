@@ -1,0 +1,147 @@
+//! What crosses the socketpairs between the two processes: messages of one byte, with sockets.
+//!
+//! A channel is a SOCK_SEQPACKET socketpair, so a message and its descriptors arrive together or
+//! not at all, and the death of one end is seen at once at the other.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+use nix::cmsg_space;
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
+    sendmsg, socketpair,
+};
+
+/// Most descriptors the kernel passes in a message (SCM_MAX_FD).
+pub const MAX_SOCKETS: usize = 253;
+
+/// What a message says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Message {
+    /// Connector: set up, and able to forward.
+    Ready = b'R',
+    /// Listener: here is the listening socket.
+    Listener = b'L',
+    /// Listener: connections will come by the workers' own channels.
+    Start = b'S',
+    /// Connector: connections are accepted from now on.
+    Accepting = b'A',
+    /// Listener: accepted connections.
+    Connections = b'C',
+}
+
+impl Message {
+    fn from_byte(byte: u8) -> Option<Message> {
+        let all = [
+            Message::Ready,
+            Message::Listener,
+            Message::Start,
+            Message::Accepting,
+            Message::Connections,
+        ];
+        all.into_iter().find(|&message| message as u8 == byte)
+    }
+}
+
+/// A message as it arrived.
+#[derive(Debug)]
+pub struct Received {
+    /// What it says.
+    pub message: Message,
+    /// The sockets that came with it.
+    pub sockets: Vec<OwnedFd>,
+    /// Some sockets were lost: this process has no descriptors left (kernel-fact 24).
+    pub truncated: bool,
+}
+
+/// One end of a socketpair.
+#[derive(Debug)]
+pub struct Channel {
+    fd: OwnedFd,
+}
+
+impl Channel {
+    /// Two connected ends, blocking.
+    pub fn pair() -> Result<(Channel, Channel), Errno> {
+        let (a, b) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        Ok((Channel { fd: a }, Channel { fd: b }))
+    }
+
+    /// Sends a message with up to [`MAX_SOCKETS`] sockets. Without waiting: EAGAIN, ENOBUFS and
+    /// ETOOMANYREFS mean "later"; EPIPE, that the other process is gone.
+    pub fn send(&self, message: Message, sockets: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        let raw: Vec<RawFd> = sockets.iter().map(|socket| socket.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let control = if raw.is_empty() { &[][..] } else { &rights[..] };
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let byte = [message as u8];
+        sendmsg::<()>(self.fd.as_raw_fd(), &[IoSlice::new(&byte)], control, flags, None).map(drop)
+    }
+
+    /// The next message; `None` when the other end is closed. Without waiting: EAGAIN if there is
+    /// none; EBADMSG if it is none of ours.
+    pub fn receive(&self) -> Result<Option<Received>, Errno> {
+        let mut byte = [0];
+        let mut iov = [IoSliceMut::new(&mut byte)];
+        let mut space = cmsg_space!([RawFd; MAX_SOCKETS]);
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+        let received = recvmsg::<()>(self.fd.as_raw_fd(), &mut iov, Some(&mut space), flags)?;
+        let length = received.bytes;
+        let truncated = received.flags.contains(MsgFlags::MSG_CTRUNC);
+        let mut sockets = Vec::new();
+        for control in received.cmsgs().into_iter().flatten() {
+            if let ControlMessageOwned::ScmRights(raw) = control {
+                for fd in raw {
+                    sockets.push(crate::sys::own(fd)?);
+                }
+            }
+        }
+        if length == 0 {
+            return Ok(None);
+        }
+        let message = Message::from_byte(byte[0]).ok_or(Errno::EBADMSG)?;
+        Ok(Some(Received { message, sockets, truncated }))
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsRef<OwnedFd> for Channel {
+    fn as_ref(&self) -> &OwnedFd {
+        &self.fd
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::unistd::pipe;
+
+    #[test]
+    fn sockets_arrive_with_their_message() {
+        let (here, there) = Channel::pair().expect("socketpair");
+        assert_eq!(there.receive().expect_err("nothing was sent"), Errno::EAGAIN);
+        let (read, write) = pipe().expect("pipe");
+        here.send(Message::Connections, &[read.as_fd(), write.as_fd()]).expect("send");
+        let received = there.receive().expect("receive").expect("a message");
+        assert_eq!(received.message, Message::Connections);
+        assert_eq!(received.sockets.len(), 2);
+        assert!(!received.truncated);
+        drop(here);
+        assert!(there.receive().expect("receive").is_none());
+    }
+
+    #[test]
+    fn a_foreign_message_is_refused() {
+        let (here, there) = Channel::pair().expect("socketpair");
+        nix::unistd::write(here.as_fd(), b"?").expect("write");
+        assert_eq!(there.receive().expect_err("no message of ours"), Errno::EBADMSG);
+    }
+}

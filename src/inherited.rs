@@ -1,0 +1,112 @@
+//! Descriptors given by number: taking them over, and checking that they are what they should be.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{
+    AddressFamily, SockType, SockaddrLike, SockaddrStorage, getpeername, getsockname, getsockopt,
+    setsockopt, sockopt,
+};
+
+use crate::error::{Error, Kind, Result};
+
+/// The descriptors taken over so far. The same number may be given for several options.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    taken: BTreeSet<RawFd>,
+}
+
+impl Inherited {
+    /// A descriptor of our own for the inherited `fd`, which `option` named.
+    pub fn take(&mut self, option: &str, fd: RawFd) -> Result<OwnedFd> {
+        let copy = crate::sys::copy_inherited(fd).map_err(|errno| unusable(option, fd, errno))?;
+        self.taken.insert(fd);
+        Ok(copy)
+    }
+
+    /// Closes the inherited numbers: from now on only what [`Inherited::take`] returned is open,
+    /// so closing that really closes it.
+    pub fn close_originals(self) {
+        for fd in self.taken {
+            // It was open when it was taken, so closing it cannot fail in a way that matters.
+            let _ = crate::sys::close_inherited(fd);
+        }
+    }
+}
+
+/// Where a program that waits for us wants to be told the address; nothing is closed, because
+/// the number may be a standard stream.
+pub fn ready_fd(fd: RawFd) -> Result<OwnedFd> {
+    crate::sys::copy_inherited(fd).map_err(|errno| unusable("--ready-fd", fd, errno))
+}
+
+/// Checks that `socket`, given as `option`, is a listening stream socket.
+pub fn check_listener(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> {
+    check_stream(option, fd, socket)?;
+    if !getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
+        return Err(wrong(option, fd, "is not a listening socket; listen(2) must come first"));
+    }
+    // Accepted sockets inherit it (kernel-fact 18).
+    set_nodelay(socket);
+    Ok(())
+}
+
+/// Checks that `socket`, given as `option`, is a connected stream socket, and makes it ready for
+/// forwarding.
+pub fn check_connected(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> {
+    check_stream(option, fd, socket)?;
+    if getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
+        return Err(wrong(option, fd, "is a listening socket, not a connected one"));
+    }
+    if getpeername::<SockaddrStorage>(socket.as_raw_fd()) == Err(Errno::ENOTCONN) {
+        return Err(wrong(option, fd, "is not connected"));
+    }
+    set_nodelay(socket);
+    set_nonblocking(socket).map_err(|errno| unusable(option, fd, errno))
+}
+
+/// Makes operations on the socket return instead of waiting.
+pub fn set_nonblocking(socket: impl AsFd) -> std::result::Result<(), Errno> {
+    let flags = fcntl(&socket, FcntlArg::F_GETFL)?;
+    let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
+    fcntl(&socket, FcntlArg::F_SETFL(flags)).map(drop)
+}
+
+fn check_stream(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> {
+    match getsockopt(socket, sockopt::SockType) {
+        Ok(SockType::Stream) => {}
+        Ok(_) => return Err(wrong(option, fd, "is not a stream socket")),
+        Err(Errno::ENOTSOCK) => return Err(wrong(option, fd, "is not a socket")),
+        Err(errno) => return Err(unusable(option, fd, errno)),
+    }
+    match family(socket) {
+        Some(AddressFamily::Inet | AddressFamily::Inet6 | AddressFamily::Unix) => Ok(()),
+        _ => Err(wrong(option, fd, "is neither a TCP nor a unix-domain socket")),
+    }
+}
+
+/// TCP_NODELAY, for sockets that have it.
+fn set_nodelay(socket: &OwnedFd) {
+    if family(socket) != Some(AddressFamily::Unix) {
+        // A socket reset in the meantime refuses it; forwarding then says so.
+        let _ = setsockopt(socket, sockopt::TcpNoDelay, &true);
+    }
+}
+
+fn family(socket: &OwnedFd) -> Option<AddressFamily> {
+    getsockname::<SockaddrStorage>(socket.as_raw_fd()).ok()?.family()
+}
+
+fn unusable(option: &str, fd: RawFd, errno: Errno) -> Error {
+    let cause = match errno {
+        Errno::EBADF => "it must be open when the program starts",
+        _ => "",
+    };
+    Error::system(Kind::Socket, format!("{option} {fd}: cannot use the descriptor"), errno, cause)
+}
+
+fn wrong(option: &str, fd: RawFd, what: &str) -> Error {
+    Error::new(Kind::Socket, format!("{option} {fd}: the descriptor {what}"))
+}

@@ -1,0 +1,7 @@
+//! The `nsplice` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    nsplice::main()
+}

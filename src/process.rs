@@ -1,0 +1,240 @@
+//! The two processes: what is opened before the fork, who waits for whom, who says what failed.
+//!
+//! The parent is the listener and the pid the user sees; the child is the connector. All that
+//! was named on the command line is opened and checked before the fork, in the caller's mount
+//! namespace. Then each side enters its own network namespace. The control channel between them
+//! is also how each notices at once that the other is gone.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid};
+
+use crate::config::{Config, ConnectSide, Forward, Handoff, ListenSide};
+use crate::error::{Error, Kind, Result};
+use crate::handoff::Channel;
+use crate::inherited::{self, Inherited};
+use crate::netns::{self, OpenNetns};
+use crate::sys::SharedCounters;
+use crate::{connector, listener};
+
+/// The listen side, opened.
+#[derive(Debug)]
+pub enum ListenPart {
+    /// Bind this address in this namespace.
+    Bind(std::net::SocketAddr, Option<OpenNetns>),
+    /// Use this listening socket.
+    Listener(OwnedFd),
+    /// This is the only client.
+    Accepted(OwnedFd),
+}
+
+/// The connect side, opened.
+#[derive(Debug)]
+pub enum ConnectPart {
+    /// Connect to this address from this namespace.
+    Address(std::net::SocketAddr, Option<OpenNetns>),
+    /// Forward the only connection to this socket.
+    Connected(OwnedFd),
+}
+
+/// What a process waits for besides its own work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// The control channel has a message, or was closed.
+    Control,
+    /// SIGINT or SIGTERM.
+    Signal,
+    /// The descriptor the process named itself.
+    Own,
+}
+
+/// The ends of the channels that both processes have before the fork.
+struct Channels {
+    control: (Channel, Channel),
+    /// One for each worker, with `--handoff connections`.
+    handoff: Vec<(Channel, Channel)>,
+    /// Connections each worker has ended.
+    ended: SharedCounters,
+}
+
+/// Forwards until told to stop, or until the only connection is over. Returns the exit status.
+pub fn run(config: &Config) -> Result<u8> {
+    let [forward] = config.forwards.as_slice() else {
+        return Err(Error::new(Kind::Mix, "exactly one forward is supported"));
+    };
+    if !config.names_a_netns() {
+        eprintln!(
+            "No network-namespace-related option specified. \
+             Operating in a usual boring TCP forwarder mode."
+        );
+    }
+    let mut inherited = Inherited::default();
+    let (listen, connect) = open_sides(forward, &mut inherited)?;
+    let ready = config.ready_fd.map(inherited::ready_fd).transpose()?;
+    inherited.close_originals();
+
+    let cpus = connector::worker_cpus(config, forward.is_single())?;
+    let channels = open_channels(config, cpus.len()).map_err(|errno| {
+        Error::system(Kind::Kernel, "cannot make socketpairs", errno, "RLIMIT_NOFILE may be low")
+    })?;
+    let signals = block_signals().map_err(|errno| {
+        Error::system(Kind::Kernel, "cannot block SIGINT and SIGTERM", errno, "")
+    })?;
+    let (listener_ends, connector_ends) = channels.handoff.into_iter().unzip();
+    let (to_connector, to_listener) = channels.control;
+    match crate::sys::fork() {
+        Ok(ForkResult::Child) => {
+            drop((listen, ready, to_connector));
+            drop::<Vec<Channel>>(listener_ends);
+            connector::run(connector::Part {
+                config,
+                cpus,
+                connect,
+                single: forward.is_single(),
+                control: to_listener,
+                handoff: connector_ends,
+                ended: channels.ended,
+                signals,
+            })
+        }
+        Ok(ForkResult::Parent { child }) => {
+            drop((connect, to_listener));
+            drop::<Vec<Channel>>(connector_ends);
+            let served = listener::run(listener::Part {
+                verbose: config.verbose,
+                handoff: config.handoff,
+                listen,
+                control: to_connector,
+                workers: listener_ends,
+                ended: channels.ended,
+                signals: &signals,
+                ready,
+            });
+            // The control channel is closed now, so the connector ends if it has not already.
+            let connector = wait_for(child, &signals);
+            served.and(connector)
+        }
+        Err(errno) => Err(Error::system(Kind::Kernel, "cannot fork", errno, "")),
+    }
+}
+
+fn open_sides(forward: &Forward, inherited: &mut Inherited) -> Result<(ListenPart, ConnectPart)> {
+    let listen = match &forward.listen {
+        ListenSide::Bind { address, netns } => {
+            let netns = netns.as_ref().map(|netns| netns::open(netns, inherited)).transpose()?;
+            ListenPart::Bind(*address, netns)
+        }
+        ListenSide::Listener(fd) => {
+            let socket = inherited.take("-L", *fd)?;
+            inherited::check_listener("-L", *fd, &socket)?;
+            ListenPart::Listener(socket)
+        }
+        ListenSide::Accepted(fd) => {
+            let socket = inherited.take("-S", *fd)?;
+            inherited::check_connected("-S", *fd, &socket)?;
+            ListenPart::Accepted(socket)
+        }
+    };
+    let connect = match &forward.connect {
+        ConnectSide::Address { address, netns } => {
+            let netns = netns.as_ref().map(|netns| netns::open(netns, inherited)).transpose()?;
+            ConnectPart::Address(*address, netns)
+        }
+        ConnectSide::Connected(fd) => {
+            let socket = inherited.take("-C", *fd)?;
+            inherited::check_connected("-C", *fd, &socket)?;
+            ConnectPart::Connected(socket)
+        }
+    };
+    Ok((listen, connect))
+}
+
+fn open_channels(config: &Config, workers: usize) -> std::result::Result<Channels, Errno> {
+    let handoff = match config.handoff {
+        Handoff::Socket => Vec::new(),
+        Handoff::Connections => {
+            (0..workers).map(|_| Channel::pair()).collect::<std::result::Result<_, _>>()?
+        }
+    };
+    Ok(Channels { control: Channel::pair()?, handoff, ended: SharedCounters::new(workers)? })
+}
+
+/// Blocks the signals that end the program, in this thread and all later ones and in the child;
+/// they are read from the descriptor instead.
+fn block_signals() -> std::result::Result<SignalFd, Errno> {
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGINT);
+    mask.add(Signal::SIGTERM);
+    mask.thread_block()?;
+    SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+}
+
+/// Waits for whichever comes first. `own` is watched for the events given with it, at most
+/// until `timeout` (then [`Wake::Own`] is reported as well).
+pub fn wait_any(
+    control: &Channel,
+    signals: &SignalFd,
+    own: &[(&dyn AsFd, PollFlags)],
+    timeout: PollTimeout,
+) -> Result<Wake> {
+    let mut fds = vec![
+        PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+        PollFd::new(control.as_fd(), PollFlags::POLLIN),
+    ];
+    fds.extend(own.iter().map(|(fd, events)| PollFd::new(fd.as_fd(), *events)));
+    loop {
+        match poll(&mut fds, timeout) {
+            Ok(_) => break,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(Error::system(Kind::Kernel, "cannot poll", errno, "")),
+        }
+    }
+    if fds[0].any().unwrap_or(false) {
+        // Read, so that a second signal is a second event.
+        let _ = signals.read_signal();
+        return Ok(Wake::Signal);
+    }
+    Ok(if fds[1].any().unwrap_or(false) { Wake::Control } else { Wake::Own })
+}
+
+/// Waits for the connector, which is ending; a second signal kills it. Its failures are its own
+/// to explain, unless it was killed.
+fn wait_for(connector: Pid, signals: &SignalFd) -> Result<u8> {
+    let gone = pidfd(connector);
+    if let Ok(gone) = &gone {
+        let mut fds = [
+            PollFd::new(gone.as_fd(), PollFlags::POLLIN),
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+        ];
+        while !matches!(poll(&mut fds, PollTimeout::NONE), Err(errno) if errno != Errno::EINTR) {
+            if fds[0].any().unwrap_or(false) {
+                break;
+            }
+            if fds[1].any().unwrap_or(false) && matches!(signals.read_signal(), Ok(Some(_))) {
+                let _ = kill(connector, Signal::SIGKILL);
+            }
+        }
+    }
+    loop {
+        match waitpid(connector, None) {
+            Ok(WaitStatus::Exited(_, status)) => return Ok(status as u8),
+            Ok(WaitStatus::Signaled(_, signal, _)) => {
+                let text = format!("the connector process ({connector}) was killed by {signal}");
+                return Err(Error::new(Kind::Process, text));
+            }
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => {
+                return Err(Error::system(Kind::Process, "lost the connector", errno, ""));
+            }
+        }
+    }
+}
+
+fn pidfd(pid: Pid) -> std::result::Result<OwnedFd, Errno> {
+    crate::sys::pidfd_open(pid.as_raw())
+}

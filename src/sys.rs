@@ -1,0 +1,120 @@
+//! The few system calls `nix` lacks or cannot make safe.
+
+#![allow(unsafe_code)]
+
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+use nix::sys::stat::Mode;
+use nix::unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, fork as nix_fork};
+
+/// A copy of the inherited descriptor `fd`, closed on exec. EBADF if `fd` is not open.
+pub(crate) fn copy_inherited(fd: RawFd) -> Result<OwnedFd, Errno> {
+    // SAFETY: the borrow ends with this function; if the number is not open, fcntl says so.
+    let inherited = unsafe { BorrowedFd::borrow_raw(fd) };
+    let copy = fcntl(inherited, FcntlArg::F_DUPFD_CLOEXEC(libc::STDERR_FILENO + 1))?;
+    own(copy)
+}
+
+/// Closes the inherited descriptor `fd`, which nobody owns. A standard stream is pointed to
+/// /dev/null instead, so that its number does not come to mean something else.
+pub(crate) fn close_inherited(fd: RawFd) -> Result<(), Errno> {
+    if fd > libc::STDERR_FILENO {
+        // SAFETY: the number was checked by `copy_inherited`, and nothing in the program owns it.
+        drop(unsafe { OwnedFd::from_raw_fd(fd) });
+        return Ok(());
+    }
+    let null = nix::fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?;
+    match fd {
+        libc::STDIN_FILENO => dup2_stdin(null),
+        libc::STDOUT_FILENO => dup2_stdout(null),
+        _ => dup2_stderr(null),
+    }
+}
+
+/// Owns a descriptor that a system call has just returned. EBADF if it is negative.
+pub(crate) fn own(fd: RawFd) -> Result<OwnedFd, Errno> {
+    if fd < 0 {
+        return Err(Errno::EBADF);
+    }
+    // SAFETY: the caller got the number from the kernel in this moment, so it is the only owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A descriptor that becomes readable when process `pid`, a child, ends. Errors as pidfd_open(2).
+pub(crate) fn pidfd_open(pid: i32) -> Result<OwnedFd, Errno> {
+    // SAFETY: the call takes two numbers.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    own(fd as RawFd)
+}
+
+/// Whether `fd` is a network namespace. Errors as ioctl(2) NS_GET_NSTYPE: ENOTTY for any file
+/// that is no namespace.
+pub(crate) fn is_netns(fd: impl AsFd) -> Result<bool, Errno> {
+    nix::ioctl_none!(ns_get_nstype, 0xb7, 0x3);
+    // SAFETY: the request has no argument.
+    let kind = unsafe { ns_get_nstype(fd.as_fd().as_raw_fd())? };
+    Ok(kind == libc::CLONE_NEWNET)
+}
+
+/// Forks. Errors as fork(2); EBUSY when the process already has several threads.
+pub(crate) fn fork() -> Result<ForkResult, Errno> {
+    let threads = std::fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
+    if threads > 1 {
+        return Err(Errno::EBUSY);
+    }
+    // SAFETY: there is one thread, so the child's copy of the memory is in a consistent state.
+    unsafe { nix_fork() }
+}
+
+/// Ends a TCP connection with a reset at once, whoever else has the socket open
+/// (kernel-fact 20). ENOTCONN and the like when there is nothing left to reset.
+pub(crate) fn reset(socket: impl AsFd) -> Result<(), Errno> {
+    let unspecified =
+        libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    let length = size_of::<libc::sockaddr>() as libc::socklen_t;
+    // SAFETY: the address lives until the call returns, and its length is its own.
+    let result = unsafe { libc::connect(socket.as_fd().as_raw_fd(), &unspecified, length) };
+    Errno::result(result).map(drop)
+}
+
+/// A page of counters that the two processes share; made before the fork.
+///
+/// A worker writes its own counter, the listener reads all: no one waits for anyone.
+#[derive(Clone, Debug)]
+pub struct SharedCounters {
+    counters: &'static [AtomicU32],
+}
+
+impl SharedCounters {
+    /// `count` counters, all zero. Errors as mmap(2).
+    pub fn new(count: usize) -> Result<Self, Errno> {
+        let bytes = NonZeroUsize::new(count * size_of::<AtomicU32>()).ok_or(Errno::EINVAL)?;
+        // SAFETY: a new mapping of zeroes is a valid array of atomics; it is never unmapped, so
+        // it outlives everything.
+        let counters = unsafe {
+            let page = mmap_anonymous(
+                None,
+                bytes,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED,
+            )?;
+            std::slice::from_raw_parts(page.as_ptr().cast::<AtomicU32>(), count)
+        };
+        Ok(Self { counters })
+    }
+
+    /// Adds `count` to counter `index` (wrapping).
+    pub fn add(&self, index: usize, count: u32) {
+        self.counters[index].fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Reads counter `index`.
+    pub fn get(&self, index: usize) -> u32 {
+        self.counters[index].load(Ordering::Relaxed)
+    }
+}
