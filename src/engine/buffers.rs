@@ -91,7 +91,7 @@ impl Buffers {
 
     /// Gives a buffer back to the kernel.
     pub(super) fn give_back(&mut self, buffer: Buffer) {
-        self.provide(buffer.id);
+        self.provide(buffer.id());
     }
 
     fn provide(&mut self, id: u16) {
@@ -111,7 +111,7 @@ impl Buffers {
 
     /// Where the bytes of `buffer` that are left begin.
     pub(super) fn bytes(&self, buffer: &Buffer) -> *const u8 {
-        self.address(buffer.id).wrapping_add(buffer.start as usize)
+        self.address(buffer.id()).wrapping_add(buffer.range().start as usize)
     }
 
     fn address(&self, id: u16) -> *const u8 {

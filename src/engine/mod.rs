@@ -82,12 +82,27 @@ impl Token {
 /// it back consumes it. So one flow's bytes cannot reach another.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Buffer {
-    pub(crate) id: u16,
-    pub(crate) start: u32,
-    pub(crate) end: u32,
+    id: u16,
+    start: u32,
+    end: u32,
 }
 
 impl Buffer {
+    /// Buffer `id` with `len` received bytes. For engines: each buffer exists once.
+    pub fn received(id: u16, len: u32) -> Self {
+        Self { id, start: 0, end: len }
+    }
+
+    /// The engine's number of the buffer.
+    pub fn id(&self) -> u16 {
+        self.id
+    }
+
+    /// Where the bytes not yet sent begin and end.
+    pub fn range(&self) -> std::ops::Range<u32> {
+        self.start..self.end
+    }
+
     /// Bytes not yet sent.
     pub fn len(&self) -> u32 {
         self.end - self.start

@@ -117,7 +117,7 @@ impl Uring {
     ) -> Outcome<OwnedFd> {
         let more = cqueue::sock_nonempty(entry.flags());
         let id = cqueue::buffer_select(entry.flags());
-        let buffer = id.map(|id| Buffer { id, start: 0, end: result.unwrap_or(0) });
+        let buffer = id.map(|id| Buffer::received(id, result.unwrap_or(0)));
         let result = match result {
             Ok(0) | Err(_) => {
                 if let Some(unused) = buffer {
