@@ -1,6 +1,8 @@
 //! The connector process: the child. It enters the connect side's namespace, starts the workers,
 //! gives them what the listener hands over, and adds up what they did.
 
+use std::io::Write;
+
 use nix::errno::Errno;
 use nix::poll::{PollFlags, PollTimeout};
 use nix::sched::{CpuSet, sched_getaffinity};
@@ -94,7 +96,10 @@ pub fn run(part: Part) -> Result<u8> {
     // All workers are gone, so the writer ends when it has written what it has.
     let _ = log_writer.join();
     if config.summary == Some(SummaryFormat::Json) {
-        println!("{}", Summary::new("uring", stats).to_json());
+        let summary = Summary::new("uring", stats).to_json();
+        writeln!(std::io::stdout(), "{summary}").map_err(|error| {
+            Error::new(Kind::Socket, format!("--summary json: cannot write it: {error}"))
+        })?;
     }
     let failed = !matches!(last_end, None | Some(End::Complete | End::Stopped));
     Ok(if part.single && failed { Kind::Connection.status() } else { 0 })

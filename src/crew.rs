@@ -97,6 +97,7 @@ impl Crew {
     /// Starts a worker for each seed and waits until all have their rings; or fails as the first
     /// of them did.
     pub fn start(seeds: Vec<Seed>) -> Result<Crew> {
+        abort_on_panic();
         let (report, reports) = channel();
         let attention = Arc::new(event_fd()?);
         let mut crew =
@@ -109,7 +110,7 @@ impl Crew {
             // The channel cannot close: `report` is here.
             if let Ok(Report::Ended(ended)) = crew.reports.recv() {
                 crew.ended.push(ended);
-                return Err(crew.stop().err().unwrap_or_else(|| unexpected_end()));
+                return Err(crew.stop().err().unwrap_or_else(unexpected_end));
             }
         }
         Ok(crew)
@@ -197,6 +198,16 @@ impl Reporter {
         let _ = self.reports.send(report);
         let _ = self.attention.write(1);
     }
+}
+
+/// A worker that panics ends the process, not a share of its service: with a report, and with a
+/// signal that the listener sees.
+fn abort_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
 }
 
 fn spawn(index: usize, seed: Seed, reporter: Reporter) -> Result<Handle> {

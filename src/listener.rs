@@ -17,9 +17,9 @@ use crate::config::Handoff;
 use crate::error::{Error, Kind, Result};
 use crate::handoff::{Channel, MAX_SOCKETS, Message};
 use crate::inherited::set_nonblocking;
-use crate::netns;
 use crate::process::{ListenPart, Wake, wait_any};
 use crate::sys::SharedCounters;
+use crate::{log, netns};
 
 /// Connections accepted before those accepted so far are handed over.
 const BATCH: usize = 64;
@@ -158,8 +158,7 @@ fn expect(control: &Channel, signals: &SignalFd, message: Message) -> Result<boo
 
 fn announce(address: &str, verbose: bool, ready: Option<OwnedFd>) {
     if verbose {
-        let now = humantime::format_rfc3339_millis(std::time::SystemTime::now());
-        eprintln!("{now} listening on {address}");
+        log::say_now(&format!("listening on {address}"));
     }
     if let Some(ready) = ready {
         // Whoever asked to be told and did not wait for it is nothing to fail for.
@@ -243,7 +242,7 @@ fn accept_batch(listener: &OwnedFd, outboxes: &mut [Outbox], ended: &SharedCount
             Err(Errno::EAGAIN) => return true,
             Err(Errno::EINTR | Errno::ECONNABORTED) => {}
             Err(errno) => {
-                eprintln!("cannot accept: {errno:?}: {}", errno.desc());
+                log::say_now(&format!("cannot accept: {errno:?}: {}", errno.desc()));
                 return false;
             }
         }

@@ -12,6 +12,19 @@ use std::time::SystemTime;
 /// Lines that may wait to be written.
 const QUEUE_LINES: usize = 1024;
 
+/// Writes `text` to standard error, at once. For the main threads, which hold nobody up.
+///
+/// A standard error that is gone is nothing to end a connection for, let alone to panic.
+pub fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// [`say`] with the time before it.
+pub fn say_now(text: &str) {
+    let now = humantime::format_rfc3339_millis(SystemTime::now());
+    say(&format!("{now} {text}"));
+}
+
 /// Where a worker's lines go.
 #[derive(Clone, Debug)]
 pub struct Log {
@@ -42,20 +55,18 @@ impl Log {
     /// Logs `text` with the time before it.
     pub fn line(&self, text: &str) {
         let now = humantime::format_rfc3339_millis(SystemTime::now());
-        if self.lines.try_send(format!("{now} {text}\n")).is_err() {
+        if self.lines.try_send(format!("{now} {text}")).is_err() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
 
 fn write_lines(queue: &Receiver<String>, dropped: &AtomicU64) {
-    let mut stderr = std::io::stderr();
-    // A standard error that is gone is nothing to end a connection for.
     for line in queue {
-        let _ = stderr.write_all(line.as_bytes());
+        say(&line);
         let lost = dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            let _ = writeln!(stderr, "({lost} lines dropped: standard error is too slow)");
+            say(&format!("({lost} lines dropped: standard error is too slow)"));
         }
     }
 }

@@ -20,7 +20,7 @@ use crate::handoff::Channel;
 use crate::inherited::{self, Inherited};
 use crate::netns::{self, OpenNetns};
 use crate::sys::SharedCounters;
-use crate::{connector, listener};
+use crate::{connector, listener, log};
 
 /// The listen side, opened.
 #[derive(Debug)]
@@ -68,9 +68,9 @@ pub fn run(config: &Config) -> Result<u8> {
         return Err(Error::new(Kind::Mix, "exactly one forward is supported"));
     };
     if !config.names_a_netns() {
-        eprintln!(
+        log::say(
             "No network-namespace-related option specified. \
-             Operating in a usual boring TCP forwarder mode."
+             Operating in a usual boring TCP forwarder mode.",
         );
     }
     let mut inherited = Inherited::default();

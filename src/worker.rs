@@ -233,8 +233,12 @@ impl<E: Engine> Worker<E> {
         let Outcome::Accepted { result, armed } = completion.outcome else { return };
         self.accept_armed = armed;
         match result {
-            // A connection that arrives with the order to stop, or after the only one, is closed.
-            Ok(client) if self.listener.is_none() => self.engine.close(client),
+            // It came together with the order to stop, or behind the only one to be served: as
+            // if it had still been in the queue of the listening socket that is closed now.
+            Ok(client) if self.listener.is_none() => {
+                self.engine.reset(&client);
+                self.engine.close(client);
+            }
             Ok(client) => {
                 if self.settings.single {
                     self.stop_accepting();
