@@ -1,0 +1,81 @@
+//! What /proc tells about a process under test.
+
+use std::fs;
+use std::path::PathBuf;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// A process that is not mistaken for a later one with the same id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Process {
+    pub pid: i32,
+    /// When it started, in clock ticks since boot.
+    start: u64,
+}
+
+/// The fields of /proc/PID/stat from the third (the state) on.
+fn stat(pid: i32) -> Option<Vec<String>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in parentheses, may hold anything.
+    Some(text.rsplit_once(')')?.1.split_whitespace().map(str::to_owned).collect())
+}
+
+impl Process {
+    /// The process with this id now.
+    pub fn of(pid: i32) -> Option<Self> {
+        Some(Self { pid, start: stat(pid)?.get(19)?.parse().ok()? })
+    }
+
+    /// Its children now, without those that have ended.
+    pub fn children(&self) -> Vec<Self> {
+        let parent = self.pid.to_string();
+        fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .filter(|&pid| stat(pid).is_some_and(|stat| stat[1] == parent && stat[0] != "Z"))
+            .filter_map(Self::of)
+            .collect()
+    }
+
+    /// Whether it still runs. One that ended and waits to be reaped, perhaps by an init that never
+    /// does, no longer runs.
+    pub fn is_alive(&self) -> bool {
+        Self::of(self.pid) == Some(*self)
+            && stat(self.pid).is_some_and(|stat| stat[0] != "Z" && stat[0] != "X")
+    }
+
+    /// Sends a signal, unless it has ended.
+    pub fn signal(&self, signal: Signal) {
+        if self.is_alive() {
+            let _ = kill(Pid::from_raw(self.pid), signal);
+        }
+    }
+
+    /// What its open descriptors refer to, such as `socket:[123]`.
+    pub fn fds(&self) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(format!("/proc/{}/fd", self.pid)) else { return Vec::new() };
+        entries
+            .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+            .map(|target: PathBuf| target.to_string_lossy().into_owned())
+            .collect()
+    }
+
+    /// Resident memory in bytes.
+    pub fn rss_bytes(&self) -> u64 {
+        let text = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib: u64 =
+            line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0);
+        kib * 1024
+    }
+
+    /// The names of its threads, kernel workers (`iou-wrk-N`) included.
+    pub fn thread_names(&self) -> Vec<String> {
+        let Ok(tasks) = fs::read_dir(format!("/proc/{}/task", self.pid)) else { return Vec::new() };
+        tasks
+            .filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok())
+            .map(|name| name.trim().to_owned())
+            .collect()
+    }
+}
