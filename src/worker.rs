@@ -345,12 +345,13 @@ impl<E: Engine> Worker<E> {
                 }
                 Action::Fill { half, len } => {
                     let result = fill(&mut self.engine, slot, half, len);
-                    self.count_splice(result);
+                    self.stats.splice_operations += u64::from(result.is_ok_and(|len| len > 0));
                     self.tell_only(index, Event::Fill { half, result });
                 }
                 Action::Drain { half, len } => {
                     let result = drain(&mut self.engine, slot, half, len);
-                    self.count_splice(result);
+                    self.stats.splice_operations += u64::from(result.is_ok_and(|len| len > 0));
+                    self.stats.spliced_bytes += u64::from(result.unwrap_or(0));
                     self.tell_only(index, Event::Drain { half, result });
                 }
                 Action::Release(half) => self.release(index, half),
@@ -370,12 +371,6 @@ impl<E: Engine> Worker<E> {
         if let Some(flow) = &mut self.slots[index as usize].flow {
             flow.on(event);
         }
-    }
-
-    fn count_splice(&mut self, moved: Result<u32, Errno>) {
-        let len = moved.unwrap_or(0);
-        self.stats.splice_operations += u64::from(len > 0);
-        self.stats.spliced_bytes += u64::from(len);
     }
 
     fn release(&mut self, index: u32, half: Side) {
