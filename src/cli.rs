@@ -23,7 +23,7 @@ use crate::config::{SummaryFormat, Transfer};
 use crate::error::{Error, Kind, Result};
 
 pub use help::{help, long_options, man, version};
-pub use values::{CpuList, PipeSize, Workers};
+pub use values::{CpuList, PipeSize, Seconds, Workers};
 
 /// What a command line asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,6 +102,9 @@ pub struct Args {
     /// capacity of a pipe
     #[argh(option)]
     pub pipe_size: Option<PipeSize>,
+    /// time to deliver what came before a reset
+    #[argh(option)]
+    pub reset_timeout: Option<Seconds>,
     /// number of threads
     #[argh(option)]
     pub workers: Option<Workers>,
@@ -126,6 +129,10 @@ pub struct Args {
 /// privilege is needed.
 const DEFAULT_PIPE_SIZE: PipeSize = PipeSize(1 << 20);
 
+/// Several retransmissions to a slow or distant peer; what is still not delivered then would not
+/// have been without a forwarder either.
+const DEFAULT_RESET_TIMEOUT: Seconds = Seconds { ms: 5000 };
+
 impl Args {
     /// What is meant by what was typed.
     ///
@@ -142,6 +149,7 @@ impl Args {
             cpus: self.cpus.map(|CpuList(cpus)| cpus),
             pin: !self.no_pin,
             pipe_size_bytes: self.pipe_size.unwrap_or(DEFAULT_PIPE_SIZE).0,
+            reset_timeout_ms: self.reset_timeout.unwrap_or(DEFAULT_RESET_TIMEOUT).ms,
             verbose: self.verbose,
             summary: self.summary,
         })

@@ -73,6 +73,7 @@ pub fn run(part: Part) -> Result<u8> {
         .map_err(|error| Error::new(Kind::Kernel, format!("cannot start a thread: {error}")))?;
     let settings = Settings {
         transfer: config.transfer,
+        grace_ms: config.reset_timeout_ms,
         target: target.map_or_else(|| "-C".to_owned(), |target| target.to_string()),
         single: part.single,
     };

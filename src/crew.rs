@@ -21,6 +21,8 @@ use crate::stats::Stats;
 use crate::sys::SharedCounters;
 use crate::worker::{Settings, Worker};
 
+const LOW_LIMIT: &str = "RLIMIT_NOFILE is too low";
+
 /// What a worker thread starts with.
 pub struct Seed {
     /// The CPU to stay on.
@@ -351,7 +353,7 @@ fn pin(cpu: usize) -> Result<()> {
 
 fn event_fd() -> Result<EventFd> {
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-        .map_err(|errno| Error::system(Kind::Kernel, "cannot make an eventfd", errno, ""))
+        .map_err(|errno| Error::system(Kind::Kernel, "cannot make an eventfd", errno, LOW_LIMIT))
 }
 
 fn unexpected_end() -> Error {

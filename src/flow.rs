@@ -13,12 +13,16 @@
 //!
 //! It must not know: descriptors, system calls, clocks, engines, buffers' addresses.
 
-use std::ops::Not;
-
 use nix::errno::Errno;
 
 use crate::config::Transfer;
-use crate::half::{Half, Held};
+
+pub mod half;
+mod words;
+
+use half::{Half, Held};
+use words::OpSet;
+pub use words::{Action, End, Event, Op, Question, Side};
 
 /// Bytes a flow may splice before other flows get a turn.
 ///
@@ -26,223 +30,23 @@ use crate::half::{Half, Held};
 /// enough that a short message behind it waits about a millisecond.
 pub const TURN_BYTES: u32 = 4 << 20;
 
-/// One of the two sockets of a flow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Side {
-    /// The client's socket.
-    Listen,
-    /// The target's socket.
-    Connect,
-}
-
-impl Side {
-    /// Both sides, listen side first.
-    pub const BOTH: [Side; 2] = [Side::Listen, Side::Connect];
-
-    /// Index into two-element arrays.
-    pub fn index(self) -> usize {
-        self as usize
-    }
-}
-
-impl Not for Side {
-    type Output = Side;
-    fn not(self) -> Side {
-        match self {
-            Side::Listen => Side::Connect,
-            Side::Connect => Side::Listen,
-        }
-    }
-}
-
-/// A request that finishes later, by one event (`Watch`: by several).
-///
-/// Those of a half carry the half's source side.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Op {
-    /// Connect the connect side's socket to the target.
-    Connect,
-    /// Receive into a buffer, when there is something to receive.
-    Recv(Side),
-    /// Say when the half's source has something to read.
-    Readable(Side),
-    /// Send what is left of the half's buffer, without waiting.
-    Send(Side),
-    /// Say whenever this side's socket becomes writable or fails.
-    Watch(Side),
-}
-
-impl Op {
-    /// All requests a flow can have in flight.
-    pub const ALL: [Op; 9] = [
-        Op::Connect,
-        Op::Recv(Side::Listen),
-        Op::Recv(Side::Connect),
-        Op::Readable(Side::Listen),
-        Op::Readable(Side::Connect),
-        Op::Send(Side::Listen),
-        Op::Send(Side::Connect),
-        Op::Watch(Side::Listen),
-        Op::Watch(Side::Connect),
-    ];
-
-    /// Position in [`Op::ALL`].
-    pub fn index(self) -> usize {
-        match self {
-            Op::Connect => 0,
-            Op::Recv(side) => 1 + side.index(),
-            Op::Readable(side) => 3 + side.index(),
-            Op::Send(side) => 5 + side.index(),
-            Op::Watch(side) => 7 + side.index(),
-        }
-    }
-}
-
-/// What the flow wants done. All but `Start` and `Cancel` are done at once; `TakePipe`, `Fill`
-/// and `Drain` are answered at once by the event of the same name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Begin a request.
-    Start(Op),
-    /// Ask for a request in flight to end early; its event still comes.
-    Cancel(Op),
-    /// Get a pipe for the half.
-    TakePipe(Side),
-    /// Move up to `len` bytes from the half's source into its pipe.
-    Fill {
-        /// The half.
-        half: Side,
-        /// Bytes asked for; never more than the pipe has room for.
-        len: u32,
-    },
-    /// Move `len` bytes from the half's pipe into its sink.
-    Drain {
-        /// The half.
-        half: Side,
-        /// Bytes asked for; exactly what the pipe holds.
-        len: u32,
-    },
-    /// Give back the half's buffer or pipe.
-    Release(Side),
-    /// Pass the end of a stream on: shut down the writing direction of this side's socket.
-    Shutdown(Side),
-    /// Let other flows have a turn, then report [`Event::Turn`].
-    Yield,
-    /// Nothing can be received for want of a buffer: report [`Event::Turn`] when one is free.
-    Starve,
-    /// The flow is over and nothing is in flight: reset this socket if one is named, close both.
-    Close {
-        /// The side whose peer must see a reset.
-        reset: Option<Side>,
-    },
-}
-
-/// What happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// [`Op::Connect`] finished.
-    Connected(Result<(), Errno>),
-    /// [`Op::Recv`] finished.
-    Received {
-        /// The half.
-        half: Side,
-        /// Bytes received into a buffer the half now holds (0: end of stream, no buffer).
-        result: Result<u32, Errno>,
-        /// The socket had still more to read.
-        more: bool,
-    },
-    /// [`Op::Readable`] finished.
-    Readable {
-        /// The half.
-        half: Side,
-        /// A failure is the request's, not the socket's.
-        result: Result<(), Errno>,
-    },
-    /// [`Op::Send`] finished.
-    Sent {
-        /// The half.
-        half: Side,
-        /// Bytes the sink took.
-        result: Result<u32, Errno>,
-    },
-    /// [`Op::Watch`] reported.
-    Watched {
-        /// The side.
-        side: Side,
-        /// The socket can take bytes.
-        writable: bool,
-        /// The socket failed.
-        failed: bool,
-        /// The watch goes on.
-        armed: bool,
-    },
-    /// [`Action::TakePipe`] found a pipe of this many bytes, or none.
-    TakePipe {
-        /// The half.
-        half: Side,
-        /// The pipe's capacity in bytes.
-        capacity: Option<u32>,
-    },
-    /// [`Action::Fill`] moved bytes.
-    Fill {
-        /// The half.
-        half: Side,
-        /// Bytes moved (0: end of stream, or an urgent mark).
-        result: Result<u32, Errno>,
-    },
-    /// [`Action::Drain`] moved bytes.
-    Drain {
-        /// The half.
-        half: Side,
-        /// Bytes moved.
-        result: Result<u32, Errno>,
-    },
-    /// The wait asked for by [`Action::Yield`] or [`Action::Starve`] is over.
-    Turn,
-    /// The flow is to end now, whatever its state.
-    Stop,
-}
-
-/// How a flow ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    /// Both streams ended and were passed on whole.
-    Complete,
-    /// The target could not be reached; the client was reset.
-    ConnectFailed(Errno),
-    /// This side's socket failed; the other one was reset.
-    Failed(Side, Errno),
-    /// The program was told to stop.
-    Stopped,
-}
+/// First pause of a flow that waits for what a failed socket had sent to arrive; each is twice
+/// as long as the one before, up to [`MAX_PAUSE_MS`]. Mostly nothing is left to wait for.
+const FIRST_PAUSE_MS: u32 = 1;
+const MAX_PAUSE_MS: u32 = 128;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    Connecting,
+    /// `watched`: the client is, in case it goes away first. Most targets answer before the next
+    /// turn, so that starts only then.
+    Connecting {
+        watched: bool,
+    },
     Open,
     /// Told to end; waiting until nothing is in flight.
     Closing(End),
     /// `Close` was asked for.
     Closed(End),
-}
-
-/// A set of [`Op`]s.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct OpSet(u16);
-
-impl OpSet {
-    fn has(self, op: Op) -> bool {
-        self.0 & (1 << op.index()) != 0
-    }
-    fn insert(&mut self, op: Op) {
-        self.0 |= 1 << op.index();
-    }
-    fn remove(&mut self, op: Op) {
-        self.0 &= !(1 << op.index());
-    }
-    fn is_empty(self) -> bool {
-        self.0 == 0
-    }
 }
 
 /// One forwarded connection.
@@ -263,20 +67,30 @@ pub struct Flow {
     starved: bool,
     /// Bytes the flow may still splice in this turn.
     turn_left: u32,
+    /// The side's socket reported a failure that reading has not come to yet.
+    alarmed: [bool; 2],
+    /// What is left of the time to deliver what a failed socket had sent.
+    grace_left_ms: u32,
+    /// Length of the next pause.
+    pause_ms: u32,
+    /// The failed side's sink was asked, since the last pause, what it has not sent.
+    asked_unsent: bool,
 }
 
 impl Flow {
     /// A flow whose connect side is still to be connected.
-    pub fn connecting(transfer: Transfer) -> Self {
-        Self::new(Phase::Connecting, transfer)
+    ///
+    /// `grace_ms`: time to deliver what a socket had sent before it failed.
+    pub fn connecting(transfer: Transfer, grace_ms: u32) -> Self {
+        Self::new(Phase::Connecting { watched: false }, transfer, grace_ms)
     }
 
-    /// A flow between two connected sockets.
-    pub fn connected(transfer: Transfer) -> Self {
-        Self::new(Phase::Open, transfer)
+    /// A flow between two connected sockets; otherwise as [`Flow::connecting`].
+    pub fn connected(transfer: Transfer, grace_ms: u32) -> Self {
+        Self::new(Phase::Open, transfer, grace_ms)
     }
 
-    fn new(phase: Phase, transfer: Transfer) -> Self {
+    fn new(phase: Phase, transfer: Transfer, grace_ms: u32) -> Self {
         Self {
             phase,
             halves: [Half::new(transfer), Half::new(transfer)],
@@ -287,6 +101,10 @@ impl Flow {
             waiting_turn: false,
             starved: false,
             turn_left: TURN_BYTES,
+            alarmed: [false; 2],
+            grace_left_ms: grace_ms,
+            pause_ms: FIRST_PAUSE_MS,
+            asked_unsent: false,
         }
     }
 
@@ -295,10 +113,9 @@ impl Flow {
         self.halves[half.index()].delivered_bytes()
     }
 
-    /// Whether the half's source had nothing to read when it was last asked: a receive does
-    /// better to wait first than to try first.
-    pub fn expects_wait(&self, half: Side) -> bool {
-        self.halves[half.index()].source_is_empty()
+    /// How long [`Op::Pause`] is to last.
+    pub fn pause_ms(&self) -> u32 {
+        self.pause_ms.min(self.grace_left_ms)
     }
 
     /// How the flow ended, once it asked to be closed.
@@ -319,10 +136,10 @@ impl Flow {
                 self.note(half, outcome);
                 self.starved |= result == Err(Errno::ENOBUFS);
             }
-            Event::Readable { half, result } => {
+            Event::Readable { half, urgent } => {
                 self.finished(Op::Readable(half));
                 self.turn_left = TURN_BYTES;
-                self.halves[half.index()].on_readable(result);
+                self.halves[half.index()].on_readable(urgent);
             }
             Event::Sent { half, result } => {
                 self.finished(Op::Send(half));
@@ -333,12 +150,28 @@ impl Flow {
                     self.finished(Op::Watch(side));
                 }
                 self.writable[side.index()] |= writable;
-                // While the side is still read, reading tells the error after the last byte.
-                if failed && self.halves[side.index()].is_at_end() {
-                    self.note(side, Err(Errno::ECONNRESET));
+                self.alarmed[side.index()] |= failed;
+                if failed && matches!(self.phase, Phase::Connecting { .. }) {
+                    self.terminate(End::Failed(side, Errno::ECONNRESET));
                 }
             }
-            Event::TakePipe { half, capacity } => {
+            Event::Paused => {
+                self.grace_left_ms = self.grace_left_ms.saturating_sub(self.pause_ms);
+                self.pause_ms = (self.pause_ms * 2).min(MAX_PAUSE_MS);
+                self.asked_unsent = false;
+                self.finished(Op::Pause);
+            }
+            Event::Mark { half, next_is_urgent } => {
+                self.halves[half.index()].on_mark(next_is_urgent);
+            }
+            Event::TakeUrgent { half, byte } => {
+                let outcome = self.halves[half.index()].on_urgent(byte);
+                self.note(half, outcome);
+            }
+            Event::SendUrgent { half, result } => self.on_delivered(half, result.map(|()| 1)),
+            Event::Unsent { bytes: 0 } => self.grace_left_ms = 0,
+            Event::Unsent { .. } => {}
+            Event::Pipe { half, capacity } => {
                 self.halves[half.index()].on_pipe(capacity);
             }
             Event::Fill { half, result } => {
@@ -350,6 +183,9 @@ impl Flow {
             Event::Turn => {
                 self.waiting_turn = false;
                 self.turn_left = TURN_BYTES;
+                if let Phase::Connecting { watched } = &mut self.phase {
+                    *watched = true;
+                }
             }
             Event::Stop => self.terminate(End::Stopped),
         }
@@ -361,7 +197,7 @@ impl Flow {
     #[allow(clippy::should_implement_trait)] // not an iterator: its state is the flow
     pub fn next(&mut self) -> Option<Action> {
         match self.phase {
-            Phase::Connecting => self.start(Op::Connect),
+            Phase::Connecting { watched } => self.next_connecting(watched),
             Phase::Open => self.next_open(),
             Phase::Closing(end) => self.next_closing(end),
             Phase::Closed(_) => None,
@@ -371,8 +207,8 @@ impl Flow {
     fn on_connected(&mut self, result: Result<(), Errno>) {
         self.finished(Op::Connect);
         match (self.phase, result) {
-            (Phase::Connecting, Ok(())) => self.phase = Phase::Open,
-            (Phase::Connecting, Err(errno)) => self.terminate(End::ConnectFailed(errno)),
+            (Phase::Connecting { .. }, Ok(())) => self.phase = Phase::Open,
+            (Phase::Connecting { .. }, Err(errno)) => self.terminate(End::ConnectFailed(errno)),
             _ => {}
         }
     }
@@ -403,7 +239,7 @@ impl Flow {
     }
 
     fn terminate(&mut self, end: End) {
-        if matches!(self.phase, Phase::Connecting | Phase::Open) {
+        if matches!(self.phase, Phase::Connecting { .. } | Phase::Open) {
             self.phase = Phase::Closing(end);
         }
     }
@@ -417,36 +253,58 @@ impl Flow {
         Some(Action::Start(op))
     }
 
+    fn next_connecting(&mut self, watched: bool) -> Option<Action> {
+        if let Some(connect) = self.start(Op::Connect) {
+            return Some(connect);
+        }
+        if watched { self.start(Op::Watch(Side::Listen)) } else { self.next_turn() }
+    }
+
     fn next_open(&mut self) -> Option<Action> {
+        let wish = self.next_half(Side::Listen).or_else(|| self.next_half(Side::Connect));
+        wish.or_else(|| self.next_ending())
+    }
+
+    /// Reading is what a flow waits with for its turn, or for a buffer. It goes on giving back
+    /// what it holds: that may be what others wait for.
+    fn next_turn(&mut self) -> Option<Action> {
         if self.waiting_turn {
             return None;
         }
-        if self.starved || self.turn_left == 0 {
-            self.waiting_turn = true;
-            let action = if self.starved { Action::Starve } else { Action::Yield };
-            self.starved = false;
-            return Some(action);
-        }
-        let wish = self.next_half(Side::Listen).or_else(|| self.next_half(Side::Connect));
-        if wish.is_some() {
-            return wish;
-        }
-        self.terminate(self.verdict()?);
-        self.next()
+        self.waiting_turn = true;
+        let starved = std::mem::take(&mut self.starved);
+        Some(if starved { Action::Starve } else { Action::Yield })
     }
 
-    /// The flow's end, if it has come.
-    fn verdict(&self) -> Option<End> {
-        for side in Side::BOTH {
-            let half = &self.halves[side.index()];
-            if let Some(errno) = self.failed[side.index()] {
-                // What the failed socket had sent goes out first, if it can go out at all.
-                if half.is_drained() || self.failed[(!side).index()].is_some() {
-                    return Some(End::Failed(side, errno));
-                }
-            }
+    /// Nothing can be moved now. What to do about it if that is because a socket failed, or
+    /// because all is done.
+    fn next_ending(&mut self) -> Option<Action> {
+        if self.halves.iter().all(Half::is_shut) {
+            self.terminate(End::Complete);
+            return self.next();
         }
-        self.halves.iter().all(Half::is_shut).then_some(End::Complete)
+        let troubled = |side: &Side| self.trouble(*side).is_some();
+        let side = Side::BOTH.into_iter().find(troubled)?;
+        let hopeless = self.trouble(!side).is_some() || self.grace_left_ms == 0;
+        let drained = self.halves[side.index()].is_drained();
+        match self.trouble(side) {
+            Some(errno) if hopeless => {
+                self.terminate(End::Failed(side, errno));
+                self.next()
+            }
+            // What the failed socket had sent is to arrive before the reset, which would purge it.
+            _ if drained && !self.asked_unsent => {
+                self.asked_unsent = true;
+                ask(Question::Unsent(!side))
+            }
+            _ => self.start(Op::Pause),
+        }
+    }
+
+    /// How the side's socket failed, if it did.
+    fn trouble(&self, side: Side) -> Option<Errno> {
+        let alarm = self.alarmed[side.index()].then_some(Errno::ECONNRESET);
+        self.failed[side.index()].or(alarm)
     }
 
     fn next_half(&mut self, side: Side) -> Option<Action> {
@@ -458,13 +316,16 @@ impl Flow {
         let pending = half.pending();
         if pending > 0 {
             if self.in_flight.has(Op::Send(side)) {
-                return None;
+                // Ask ahead: the answer comes with the send's, not a turn after it.
+                return if half.must_wait() { self.start(Op::Readable(side)) } else { None };
             }
             if !self.writable[sink.index()] {
-                return self.start(Op::Watch(sink));
+                // While the source is not read, only a watch can tell that it failed.
+                return self.start(Op::Watch(sink)).or_else(|| self.start(Op::Watch(side)));
             }
             return match half.held() {
-                Held::Pipe { .. } => Some(Action::Drain { half: side, len: pending }),
+                Held::Pipe { .. } => ask(Question::Drain { half: side, len: pending }),
+                Held::Urgent(byte) => ask(Question::SendUrgent { half: side, byte }),
                 Held::Buffer { .. } | Held::Nothing => self.start(Op::Send(side)),
             };
         }
@@ -473,20 +334,24 @@ impl Flow {
             return Some(Action::Release(side));
         }
         if half.is_at_end() {
-            if self.failed[side.index()].is_none() && half.shut() {
+            let has_ended_well = self.trouble(side).is_none();
+            if has_ended_well && self.halves[side.index()].shut() {
                 return Some(Action::Shutdown(sink));
             }
             // Nothing is read here any more, so only a watch can tell that the socket failed.
             let other_is_open = !self.halves[sink.index()].is_shut();
             return if other_is_open { self.start(Op::Watch(side)) } else { None };
         }
+        if self.waiting_turn || self.starved || self.turn_left == 0 {
+            return self.next_turn();
+        }
         if self.in_flight.has(Op::Recv(side)) || self.in_flight.has(Op::Readable(side)) {
             return None;
         }
-        half.next_read(side).or_else(|| {
-            let op = self.halves[side.index()].next_wait(side);
-            self.start(op)
-        })
+        match half.next_read(side) {
+            Ok(question) => ask(question),
+            Err(op) => self.start(op),
+        }
     }
 
     fn next_closing(&mut self, end: End) -> Option<Action> {
@@ -501,8 +366,9 @@ impl Flow {
         }
         for side in Side::BOTH {
             let half = &mut self.halves[side.index()];
-            if half.held() != Held::Nothing {
-                half.on_released();
+            let held = half.held();
+            half.on_released();
+            if matches!(held, Held::Buffer { .. } | Held::Pipe { .. }) {
                 return Some(Action::Release(side));
             }
         }
@@ -514,4 +380,8 @@ impl Flow {
         };
         Some(Action::Close { reset })
     }
+}
+
+fn ask(question: Question) -> Option<Action> {
+    Some(Action::Ask(question))
 }

@@ -48,8 +48,8 @@ pub fn check_listener(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> {
     if !getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
         return Err(wrong(option, fd, "is not a listening socket; listen(2) must come first"));
     }
-    // Accepted sockets inherit it (kernel-fact 18).
-    set_nodelay(socket);
+    // Accepted sockets inherit them (kernel-fact 18).
+    prepare(socket);
     Ok(())
 }
 
@@ -63,7 +63,7 @@ pub fn check_connected(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> 
     if getpeername::<SockaddrStorage>(socket.as_raw_fd()) == Err(Errno::ENOTCONN) {
         return Err(wrong(option, fd, "is not connected"));
     }
-    set_nodelay(socket);
+    prepare(socket);
     set_nonblocking(socket).map_err(|errno| unusable(option, fd, errno))
 }
 
@@ -87,10 +87,11 @@ fn check_stream(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> {
     }
 }
 
-/// TCP_NODELAY, for sockets that have it.
-fn set_nodelay(socket: &OwnedFd) {
+/// Short messages are not delayed, and an urgent byte keeps its place in the stream.
+fn prepare(socket: &OwnedFd) {
+    // A socket that was reset in the meantime refuses; forwarding then says so.
+    let _ = setsockopt(socket, sockopt::OobInline, &true);
     if family(socket) != Some(AddressFamily::Unix) {
-        // A socket reset in the meantime refuses it; forwarding then says so.
         let _ = setsockopt(socket, sockopt::TcpNoDelay, &true);
     }
 }

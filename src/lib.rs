@@ -9,7 +9,6 @@ pub mod crew;
 pub mod engine;
 pub mod error;
 pub mod flow;
-pub mod half;
 pub mod handoff;
 pub mod inherited;
 pub mod listener;

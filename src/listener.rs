@@ -132,8 +132,9 @@ fn bind_and_listen(address: SocketAddr) -> std::result::Result<OwnedFd, Errno> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let listener = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&listener, sockopt::ReuseAddr, &true)?;
-    // Accepted sockets inherit it (kernel-fact 18).
+    // Accepted sockets inherit these two (kernel-fact 18).
     setsockopt(&listener, sockopt::TcpNoDelay, &true)?;
+    setsockopt(&listener, sockopt::OobInline, &true)?;
     if address.is_ipv6() {
         setsockopt(&listener, sockopt::Ipv6V6Only, &false)?;
     }

@@ -82,6 +82,27 @@ pub(crate) fn reset(socket: impl AsFd) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
+/// From `asm-generic/sockios.h`; the crates do not have it.
+const SIOCATMARK: libc::Ioctl = 0x8905;
+
+/// Whether the next byte to be received is urgent. Errors as ioctl(2) SIOCATMARK.
+pub(crate) fn is_at_mark(socket: impl AsFd) -> Result<bool, Errno> {
+    int_ioctl(socket, SIOCATMARK).map(|at| at != 0)
+}
+
+/// Bytes sent that the peer has not acknowledged. Errors as ioctl(2) SIOCOUTQ.
+pub(crate) fn unsent(socket: impl AsFd) -> Result<u32, Errno> {
+    // SIOCOUTQ has the number of TIOCOUTQ.
+    int_ioctl(socket, libc::TIOCOUTQ).map(|bytes| bytes.max(0) as u32)
+}
+
+fn int_ioctl(socket: impl AsFd, request: libc::Ioctl) -> Result<i32, Errno> {
+    let mut value: libc::c_int = 0;
+    // SAFETY: both requests that are used here write one int, to a variable that outlives them.
+    let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), request, &raw mut value) };
+    Errno::result(result).map(|_| value)
+}
+
 /// A page of counters that the two processes share; made before the fork.
 ///
 /// A worker writes its own counter, the listener reads all: no one waits for anyone.

@@ -7,7 +7,7 @@ use std::fmt::Display;
 use std::net::SocketAddr;
 use std::str::FromStr;
 
-use super::values::{CpuList, PipeSize, Workers};
+use super::values::{CpuList, PipeSize, Seconds, Workers};
 use crate::config::{Handoff, NetnsSource, SummaryFormat, Transfer};
 
 /// Options that belong together, under one heading.
@@ -161,6 +161,14 @@ const FORWARDING: &[Opt] = &[
     },
     Opt {
         short: None,
+        long: "--reset-timeout",
+        value: Some(SECONDS),
+        help: "Longest time to deliver what a connection's one side sent before a reset, \
+               before the reset is passed on to the other",
+        default: Some("5"),
+    },
+    Opt {
+        short: None,
         long: "--workers",
         value: Some(WORKERS),
         help: "Number of worker threads, 1 to 1024",
@@ -225,6 +233,11 @@ const TRANSFER: Value =
     Value { name: "auto|copy|splice", form: "auto, copy or splice", check: check::<Transfer> };
 const PIPE_SIZE: Value =
     Value { name: "BYTES", form: "a size from 4K to 1024M", check: check::<PipeSize> };
+const SECONDS: Value = Value {
+    name: "SECONDS",
+    form: "a number of seconds up to 86400, such as 5 or 0.25",
+    check: check::<Seconds>,
+};
 const WORKERS: Value =
     Value { name: "N", form: "a number from 1 to 1024", check: check::<Workers> };
 const CPUS: Value = Value {

@@ -17,6 +17,9 @@ const CPU_LIMIT: usize = 1024;
 /// From one page, the least a pipe holds, to 1 GiB, far above any `fs.pipe-max-size`.
 const PIPE_SIZE_BYTES: RangeInclusive<u64> = 4096..=1 << 30;
 
+/// A day: longer times are mistakes.
+const MAX_SECONDS: f64 = 86_400.0;
+
 /// Number of worker threads, 1 to 1024.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Workers(pub usize);
@@ -24,6 +27,13 @@ pub struct Workers(pub usize);
 /// CPU numbers, each once, in the order typed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpuList(pub Vec<usize>);
+
+/// A time, typed in seconds with or without a fraction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seconds {
+    /// In milliseconds.
+    pub ms: u32,
+}
 
 /// Size of a pipe in bytes, 4096 to 1 GiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +91,22 @@ impl FromStr for PipeSize {
             .and_then(|bytes| u32::try_from(bytes).ok())
             .map(Self)
             .ok_or_else(|| "out of range".into())
+    }
+}
+
+impl FromStr for Seconds {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // Rust's floats have more spellings than a time has: "inf", "1e3", "+1".
+        if text.chars().any(|char| !char.is_ascii_digit() && char != '.') {
+            return Err("invalid digit found in string".into());
+        }
+        let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+        if seconds > MAX_SECONDS {
+            return Err("out of range".into());
+        }
+        Ok(Self { ms: (seconds * 1000.0).round() as u32 })
     }
 }
 
@@ -176,6 +202,18 @@ mod tests {
             ["4095", "3K", "1025M", "1073741825", "18446744073709551615M", "", "K", "1G", "1k"];
         for text in bad {
             assert_eq!(bytes(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn seconds_may_have_a_fraction() {
+        let ms = |text: &str| text.parse().map(|Seconds { ms }| ms).ok();
+        assert_eq!(ms("5"), Some(5000));
+        assert_eq!(ms("0.25"), Some(250));
+        assert_eq!(ms("0"), Some(0));
+        assert_eq!(ms("86400"), Some(86_400_000));
+        for text in ["", ".", "-1", "+1", "1e3", "inf", "NaN", "86400.1", "1s", "1.2.3"] {
+            assert_eq!(ms(text), None, "{text:?}");
         }
     }
 

@@ -15,7 +15,7 @@ use nix::libc::c_void;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use super::Buffer;
-use crate::half::BUFFER_BYTES;
+use crate::flow::half::BUFFER_BYTES;
 
 /// Buffers a worker can have: 128 MiB when all are in use. A power of two.
 const MAX_BUFFERS: u16 = 8192;

@@ -122,15 +122,12 @@ impl Buffer {
 /// What a finished request brings.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome<S> {
-    /// A new connection; `armed`: more will come without asking again.
-    Accepted {
-        /// The accepted socket.
-        result: Result<S, Errno>,
-        /// The request goes on.
-        armed: bool,
-    },
-    /// Connecting, waiting for something to read: done or not.
+    /// A new connection.
+    Accepted(Result<S, Errno>),
+    /// Connecting, pausing: done or not.
     Done(Result<(), Errno>),
+    /// There is something to read; true: an urgent byte has arrived.
+    Readable(Result<bool, Errno>),
     /// Received bytes.
     Received {
         /// The bytes; `None`: end of stream.
@@ -178,20 +175,21 @@ pub trait Engine {
     /// A pipe, possibly with bytes in it; dropping it closes it.
     type Pipe;
 
-    /// Accepts connections until one completion says it is no longer armed.
+    /// Accepts a connection.
     fn accept(&mut self, token: Token, listener: &Self::Socket);
     /// Connects `socket` to the target.
     fn connect(&mut self, token: Token, socket: &Self::Socket);
-    /// Receives into a buffer the engine provides, when there is something to receive;
-    /// `wait_first`: do not try before the socket says so.
-    fn recv(&mut self, token: Token, socket: &Self::Socket, wait_first: bool);
+    /// Receives what there is into a buffer the engine provides, without waiting.
+    fn recv(&mut self, token: Token, socket: &Self::Socket);
     /// Completes when there is something to read (or an end or error to be read).
     fn readable(&mut self, token: Token, socket: &Self::Socket);
     /// Sends as much of `buffer` as the socket takes at once.
     fn send(&mut self, token: Token, socket: &Self::Socket, buffer: &Buffer);
     /// Reports whenever the socket becomes writable or fails, until cancelled.
     fn watch(&mut self, token: Token, socket: &Self::Socket);
-    /// Ends a request early. Its completion still comes.
+    /// Completes after `ms` milliseconds.
+    fn pause(&mut self, token: Token, ms: u32);
+    /// Ends the requests with this token early. Their completions still come.
     fn cancel(&mut self, token: Token);
     /// Closes a socket that has no request in flight.
     fn close(&mut self, socket: Self::Socket);
@@ -202,6 +200,14 @@ pub trait Engine {
     fn shutdown(&mut self, socket: &Self::Socket);
     /// Makes the peer see a reset.
     fn reset(&mut self, socket: &Self::Socket);
+    /// Whether the next byte to be received is urgent.
+    fn is_at_mark(&self, socket: &Self::Socket) -> bool;
+    /// Receives one byte, without waiting; `None`: end of stream.
+    fn recv_urgent(&mut self, socket: &Self::Socket) -> Result<Option<u8>, Errno>;
+    /// Sends one byte as urgent, without waiting.
+    fn send_urgent(&mut self, socket: &Self::Socket, byte: u8) -> Result<(), Errno>;
+    /// Bytes sent that the peer has not acknowledged; 0 if that cannot be known.
+    fn unsent(&self, socket: &Self::Socket) -> u32;
     /// Who is at the other end, if the socket still knows.
     fn peer(&self, socket: &Self::Socket) -> Option<SockaddrStorage>;
     /// Gives a buffer back.

@@ -7,24 +7,24 @@
 
 #![allow(unsafe_code)]
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 
-use io_uring::types::{Fd, SubmitArgs, Timespec};
+use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{
-    Shutdown, SockFlag, SockType, SockaddrLike, SockaddrStorage, getpeername, setsockopt, shutdown,
-    socket, sockopt,
+    self as net, MsgFlags, Shutdown, SockFlag, SockType, SockaddrLike, SockaddrStorage,
+    getpeername, setsockopt, shutdown, socket, sockopt,
 };
 
 use super::buffers::{Buffers, GROUP};
 use super::{Buffer, Completion, Engine, Outcome, Sleep, Token};
 use crate::error::{Error, Kind};
 use crate::flow::Op;
-use crate::half::BUFFER_BYTES;
+use crate::flow::half::BUFFER_BYTES;
 use crate::pipe::{Pipe, PipePool};
 
 /// Requests that can be collected before they must be handed to the kernel.
@@ -34,7 +34,6 @@ const SQ_ENTRIES: u32 = 1024;
 const CQ_ENTRIES: u32 = 8192;
 
 /// From the kernel's `io_uring.h`; the crate keeps them to itself.
-const RECVSEND_POLL_FIRST: u16 = 1 << 0;
 const ENTER_GETEVENTS: u32 = 1 << 0;
 const ENTER_EXT_ARG: u32 = 1 << 3;
 const ENTER_NO_IOWAIT: u32 = 1 << 7;
@@ -50,6 +49,8 @@ pub struct Uring {
     /// Completions taken from the ring and not yet handed on.
     inbox: VecDeque<cqueue::Entry>,
     enter_flags: u32,
+    /// Lengths of pauses, in milliseconds, as the kernel reads them when it takes the request.
+    pauses: BTreeMap<u32, Box<Timespec>>,
 }
 
 impl Uring {
@@ -67,6 +68,7 @@ impl Uring {
             pipes: PipePool::new(pipe_size_bytes),
             target: target.map(|target| Box::new(SockaddrStorage::from(target))),
             inbox: VecDeque::with_capacity(CQ_ENTRIES as usize),
+            pauses: BTreeMap::new(),
             enter_flags: ENTER_GETEVENTS | if no_iowait { ENTER_NO_IOWAIT } else { 0 },
         })
     }
@@ -92,12 +94,17 @@ impl Uring {
             Token::Ignored => return None,
             Token::Accept => {
                 // SAFETY: the kernel has just made this descriptor for this completion alone.
-                let result = result.map(|fd| unsafe { OwnedFd::from_raw_fd(fd as i32) });
-                Outcome::Accepted { result, armed }
+                Outcome::Accepted(result.map(|fd| unsafe { OwnedFd::from_raw_fd(fd as i32) }))
             }
             Token::Handoff | Token::Command => Outcome::Done(result.map(drop)),
             Token::Flow { op, .. } => match op {
-                Op::Connect | Op::Readable(_) => Outcome::Done(result.map(drop)),
+                Op::Connect => Outcome::Done(result.map(drop)),
+                // The request has done what it is for when its time is up.
+                Op::Pause => Outcome::Done(Ok(())),
+                Op::Readable(_) => {
+                    let urgent = |events| events & libc::POLLPRI as u32 != 0;
+                    Outcome::Readable(result.map(urgent))
+                }
                 Op::Recv(_) => self.decode_received(entry, result),
                 Op::Send(_) => Outcome::Sent(result),
                 Op::Watch(_) => {
@@ -140,8 +147,13 @@ impl Engine for Uring {
     type Pipe = Pipe;
 
     fn accept(&mut self, token: Token, listener: &OwnedFd) {
-        let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
-        self.push(token, opcode::AcceptMulti::new(fd(listener)).flags(flags).build());
+        // One-shot: a multishot accept keeps its place at the head of the listening socket's
+        // queue, and with it all connections for its worker.
+        let nobody = (std::ptr::null_mut(), std::ptr::null_mut());
+        let entry = opcode::Accept::new(fd(listener), nobody.0, nobody.1)
+            .flags(libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC)
+            .build();
+        self.push(token, entry);
     }
 
     fn connect(&mut self, token: Token, socket: &OwnedFd) {
@@ -151,20 +163,21 @@ impl Engine for Uring {
         }
     }
 
-    fn recv(&mut self, token: Token, socket: &OwnedFd, wait_first: bool) {
+    fn recv(&mut self, token: Token, socket: &OwnedFd) {
         let entry = opcode::Recv::new(fd(socket), std::ptr::null_mut(), BUFFER_BYTES)
             .buf_group(GROUP)
-            .ioprio(if wait_first { RECVSEND_POLL_FIRST } else { 0 })
+            .flags(libc::MSG_DONTWAIT)
             .build()
             .flags(squeue::Flags::BUFFER_SELECT);
         self.push(token, entry);
     }
 
     fn readable(&mut self, token: Token, socket: &OwnedFd) {
+        let events = (libc::POLLIN | libc::POLLPRI) as u32;
         // One-shot, so it asks for the state as it is, not for a change: a fill that stopped
         // early needs no probe. It cannot spin after a FIN (kernel-fact 11), because then the
         // flow reads the end and never waits here again.
-        self.push(token, opcode::PollAdd::new(fd(socket), libc::POLLIN as u32).build());
+        self.push(token, opcode::PollAdd::new(fd(socket), events).build());
     }
 
     fn send(&mut self, token: Token, socket: &OwnedFd, buffer: &Buffer) {
@@ -181,8 +194,16 @@ impl Engine for Uring {
         self.push(token, entry.build());
     }
 
+    fn pause(&mut self, token: Token, ms: u32) {
+        let time = self.pauses.entry(ms).or_insert_with(|| Box::new(timespec(ms)));
+        let entry = opcode::Timeout::new(&**time as *const Timespec).build();
+        self.push(token, entry);
+    }
+
     fn cancel(&mut self, token: Token) {
-        let entry = opcode::AsyncCancel::new(token.encode()).build();
+        // All of them: several accepts carry the same token.
+        let entry =
+            opcode::AsyncCancel2::new(CancelBuilder::user_data(token.encode()).all()).build();
         self.push(Token::Ignored, entry.flags(squeue::Flags::SKIP_SUCCESS));
     }
 
@@ -197,6 +218,7 @@ impl Engine for Uring {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let socket = socket(family, SockType::Stream, flags, None)?;
         setsockopt(&socket, sockopt::TcpNoDelay, &true)?;
+        setsockopt(&socket, sockopt::OobInline, &true)?;
         Ok(socket)
     }
 
@@ -209,6 +231,25 @@ impl Engine for Uring {
         // It fails when the peer has reset it first, and for unix-domain sockets, which have no
         // reset: closing is all that can be done.
         let _ = crate::sys::reset(socket);
+    }
+
+    fn is_at_mark(&self, socket: &OwnedFd) -> bool {
+        crate::sys::is_at_mark(socket).unwrap_or(false)
+    }
+
+    fn recv_urgent(&mut self, socket: &OwnedFd) -> Result<Option<u8>, Errno> {
+        let mut byte = [0];
+        let length = net::recv(socket.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT)?;
+        Ok((length > 0).then_some(byte[0]))
+    }
+
+    fn send_urgent(&mut self, socket: &OwnedFd, byte: u8) -> Result<(), Errno> {
+        let flags = MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        net::send(socket.as_raw_fd(), &[byte], flags).map(drop)
+    }
+
+    fn unsent(&self, socket: &OwnedFd) -> u32 {
+        crate::sys::unsent(socket).unwrap_or(0)
     }
 
     fn peer(&self, socket: &OwnedFd) -> Option<SockaddrStorage> {
@@ -272,6 +313,10 @@ impl Engine for Uring {
         }
         None
     }
+}
+
+fn timespec(ms: u32) -> Timespec {
+    Timespec::new().sec(u64::from(ms / 1000)).nsec(ms % 1000 * 1_000_000)
 }
 
 fn fd(socket: &OwnedFd) -> Fd {

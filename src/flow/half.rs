@@ -7,7 +7,7 @@
 use nix::errno::Errno;
 
 use crate::config::Transfer;
-use crate::flow::{Action, Op, Side};
+use crate::flow::{Op, Question, Side};
 
 /// Size of a buffer in bytes: the largest read in copy, and where copy and splice cross.
 pub const BUFFER_BYTES: u32 = 16 << 10;
@@ -36,16 +36,21 @@ pub enum Held {
         /// Bytes in it that are not yet delivered.
         pending: u32,
     },
+    /// An urgent byte, in the half itself.
+    Urgent(u8),
 }
 
+/// What is known of the half's source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
-    /// May or may not have something to read.
+    /// May or may not have something to read: wait.
     Unknown,
-    /// Had nothing more when last read.
-    Empty,
-    /// Has something to read.
+    /// Has something to read, and it is not an urgent byte.
     Ready,
+    /// Has something to read that may be an urgent byte: ask.
+    Doubtful,
+    /// The next byte is urgent.
+    AtMark,
     /// Will never have anything more: end of stream, or failed.
     Ended,
 }
@@ -67,8 +72,8 @@ pub struct Half {
     /// Value of `delivered_bytes` at the last wait.
     delivered_at_wait: u64,
     small_bursts: u8,
-    /// The next read is a receive, whatever the way: only a receive tells an end of stream from
-    /// an urgent mark, and works where no pipe is to be had.
+    /// The next read is a receive, whatever the way: it tells the end of the stream, which splice
+    /// does not, and works where no pipe is to be had.
     must_recv: bool,
     shut: bool,
 }
@@ -97,6 +102,7 @@ impl Half {
         match self.held {
             Held::Nothing => 0,
             Held::Buffer { pending } | Held::Pipe { pending, .. } => pending,
+            Held::Urgent(_) => 1,
         }
     }
 
@@ -104,8 +110,9 @@ impl Half {
         self.delivered_bytes
     }
 
-    pub(crate) fn source_is_empty(&self) -> bool {
-        self.source == Source::Empty
+    /// Whether the half does not know if there is something to read.
+    pub(crate) fn must_wait(&self) -> bool {
+        self.source == Source::Unknown
     }
 
     /// Nothing more will be read.
@@ -131,7 +138,7 @@ impl Half {
     /// Whether what is held is of no use now. A pipe is kept while there is something to fill.
     pub(crate) fn wants_release(&self) -> bool {
         match self.held {
-            Held::Nothing => false,
+            Held::Nothing | Held::Urgent(_) => false,
             Held::Buffer { .. } => true,
             Held::Pipe { .. } => self.source != Source::Ready || self.must_recv,
         }
@@ -141,29 +148,33 @@ impl Half {
         self.held = Held::Nothing;
     }
 
-    /// The read that can be made at once, if there is one.
-    pub(crate) fn next_read(&self, side: Side) -> Option<Action> {
-        if self.way == Way::Copy || self.must_recv || self.source != Source::Ready {
-            return None;
+    /// How to read on; [`Op::Readable`] where that is not known.
+    ///
+    /// A receive that waits by itself would be one request less, but it cannot tell that the byte
+    /// it waits for is urgent. Readiness can, and what was not urgent then is not urgent later.
+    pub(crate) fn next_read(&mut self, side: Side) -> Result<Question, Op> {
+        match (self.source, self.held) {
+            (Source::Doubtful, _) => Ok(Question::Mark(side)),
+            (Source::AtMark, _) => Ok(Question::TakeUrgent(side)),
+            (Source::Ready, _) if self.way == Way::Copy || self.must_recv => Err(Op::Recv(side)),
+            (Source::Ready, Held::Pipe { capacity, .. }) => {
+                Ok(Question::Fill { half: side, len: capacity })
+            }
+            (Source::Ready, _) => Ok(Question::Pipe(side)),
+            (Source::Unknown | Source::Ended, _) => {
+                self.end_burst();
+                Err(Op::Readable(side))
+            }
         }
-        match self.held {
-            Held::Pipe { capacity, .. } => Some(Action::Fill { half: side, len: capacity }),
-            _ => Some(Action::TakePipe(side)),
-        }
-    }
-
-    /// The request to wait for something to read.
-    pub(crate) fn next_wait(&mut self, side: Side) -> Op {
-        if self.way == Way::Splice {
-            self.end_burst();
-        }
-        if self.way == Way::Copy || self.must_recv { Op::Recv(side) } else { Op::Readable(side) }
     }
 
     /// A burst has ended: goes back to copy after enough small ones.
     fn end_burst(&mut self) {
         let burst = self.delivered_bytes - self.delivered_at_wait;
         self.delivered_at_wait = self.delivered_bytes;
+        if self.way == Way::Copy {
+            return;
+        }
         self.small_bursts =
             if burst < SMALL_BURST_BYTES { self.small_bursts.saturating_add(1) } else { 0 };
         if self.small_bursts >= SMALL_BURSTS_TO_COPY && self.transfer == Transfer::Auto {
@@ -182,10 +193,11 @@ impl Half {
             Ok(len) => {
                 self.must_recv = false;
                 self.held = Held::Buffer { pending: len };
-                self.source = if more { Source::Ready } else { Source::Empty };
+                self.source = Source::Unknown;
                 if self.transfer == Transfer::Auto && more && len == BUFFER_BYTES {
                     self.way = Way::Splice;
-                    self.delivered_at_wait = self.delivered_bytes;
+                    // Splice stops at an urgent mark, so there is no need to wait before it.
+                    self.source = Source::Ready;
                 }
             }
             Err(Errno::EAGAIN | Errno::EINTR | Errno::ECANCELED | Errno::ENOBUFS) => {
@@ -199,13 +211,43 @@ impl Half {
         Ok(())
     }
 
-    pub(crate) fn on_readable(&mut self, result: Result<(), Errno>) {
-        match result {
-            Ok(()) => self.source = Source::Ready,
+    /// `urgent`: an urgent byte has arrived, and may be the next one.
+    pub(crate) fn on_readable(&mut self, urgent: Result<bool, Errno>) {
+        match urgent {
+            Ok(true) => self.source = Source::Doubtful,
+            Ok(false) => self.source = Source::Ready,
             Err(Errno::EINTR | Errno::ECANCELED) => {}
-            // The wait could not be made: a receive waits by itself, or tells the error.
-            Err(_) => self.must_recv = true,
+            // The wait could not be made: a receive tells the error, if it is the socket's.
+            Err(_) => {
+                self.source = Source::Ready;
+                self.must_recv = true;
+            }
         }
+    }
+
+    pub(crate) fn on_mark(&mut self, next_is_urgent: bool) {
+        self.source = if next_is_urgent { Source::AtMark } else { Source::Ready };
+    }
+
+    /// `byte`: the urgent one; `None`: it was announced, but is not there.
+    pub(crate) fn on_urgent(&mut self, byte: Result<Option<u8>, Errno>) -> Result<(), Errno> {
+        match byte {
+            Ok(Some(byte)) => {
+                self.held = Held::Urgent(byte);
+                self.must_recv = false;
+                self.source = Source::Unknown;
+            }
+            Ok(None) => {
+                self.must_recv = true;
+                self.source = Source::Ready;
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => self.source = Source::Unknown,
+            Err(errno) => {
+                self.source = Source::Ended;
+                return Err(errno);
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn on_pipe(&mut self, capacity: Option<u32>) {
@@ -217,7 +259,7 @@ impl Half {
 
     pub(crate) fn on_filled(&mut self, result: Result<u32, Errno>) -> Result<(), Errno> {
         match result {
-            Ok(0) => self.must_recv = true,
+            Ok(0) => self.doubt(),
             Ok(len) => {
                 let Held::Pipe { capacity, pending } = &mut self.held else { return Ok(()) };
                 *pending = len;
@@ -226,12 +268,9 @@ impl Half {
                 self.source = if len < *capacity { Source::Unknown } else { Source::Ready };
             }
             Err(Errno::EINTR) => {}
-            // Readiness was reported, and there is nothing to splice: at an urgent mark that
-            // stays so. A receive goes past it, or waits.
-            Err(Errno::EAGAIN) => {
-                self.must_recv = self.delivered_bytes == self.delivered_at_wait;
-                self.source = Source::Unknown;
-            }
+            // Readiness was reported, and there is nothing to splice.
+            Err(Errno::EAGAIN) if self.delivered_bytes == self.delivered_at_wait => self.doubt(),
+            Err(Errno::EAGAIN) => self.source = Source::Unknown,
             Err(errno) => {
                 self.source = Source::Ended;
                 return Err(errno);
@@ -240,11 +279,22 @@ impl Half {
         Ok(())
     }
 
+    /// Splice moved nothing although there is something: an urgent byte, the end of the stream,
+    /// or something else that only a receive tells (kernel-fact 5).
+    fn doubt(&mut self) {
+        self.source = Source::Doubtful;
+        self.must_recv = true;
+    }
+
     /// Returns the bytes still pending.
     pub(crate) fn on_delivered(&mut self, len: u32) -> u32 {
-        if let Held::Buffer { pending } | Held::Pipe { pending, .. } = &mut self.held {
-            debug_assert!(len <= *pending, "a sink takes no more than it is given");
-            *pending -= len;
+        match &mut self.held {
+            Held::Buffer { pending } | Held::Pipe { pending, .. } => {
+                debug_assert!(len <= *pending, "a sink takes no more than it is given");
+                *pending -= len;
+            }
+            Held::Urgent(_) => self.held = Held::Nothing,
+            Held::Nothing => {}
         }
         self.delivered_bytes += u64::from(len);
         self.pending()

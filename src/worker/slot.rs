@@ -1,0 +1,149 @@
+//! A flow's place in its worker: its sockets, what it holds, and the calls made for it.
+
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::sys::socket::SockaddrStorage;
+
+use crate::engine::{Buffer, Engine, Outcome, Token};
+use crate::flow::{Event, Flow, Op, Question, Side};
+use crate::stats::Stats;
+
+/// A place for a flow.
+pub(super) struct Slot<E: Engine> {
+    /// How many flows have been here, to tell their late completions from this one's.
+    pub(super) generation: u32,
+    pub(super) tenant: Option<Tenant<E>>,
+}
+
+/// A flow and all that belongs to it.
+pub(super) struct Tenant<E: Engine> {
+    pub(super) flow: Flow,
+    pub(super) sockets: [E::Socket; 2],
+    pub(super) buffers: [Option<Buffer>; 2],
+    pub(super) pipes: [Option<E::Pipe>; 2],
+    pub(super) record: Option<Box<Record>>,
+}
+
+/// What the log says of a flow at its end; kept only when it will.
+pub(super) struct Record {
+    pub(super) client: Option<SockaddrStorage>,
+    pub(super) started: Instant,
+}
+
+impl<E: Engine> Tenant<E> {
+    pub(super) fn new(flow: Flow, sockets: [E::Socket; 2], record: Option<Box<Record>>) -> Self {
+        Self { flow, sockets, buffers: [None, None], pipes: [None, None], record }
+    }
+
+    /// Begins a request of the flow.
+    pub(super) fn start(&self, engine: &mut E, token: Token, op: Op) {
+        let side = match op {
+            Op::Connect => Side::Connect,
+            Op::Recv(half) | Op::Readable(half) => half,
+            Op::Send(half) => !half,
+            Op::Watch(side) => side,
+            Op::Pause => {
+                return engine.pause(token, self.flow.pause_ms());
+            }
+        };
+        let socket = &self.sockets[side.index()];
+        match op {
+            Op::Connect => engine.connect(token, socket),
+            Op::Recv(_) => engine.recv(token, socket),
+            Op::Readable(_) => engine.readable(token, socket),
+            Op::Watch(_) => engine.watch(token, socket),
+            Op::Send(half) => {
+                if let Some(buffer) = &self.buffers[half.index()] {
+                    engine.send(token, socket, buffer);
+                }
+            }
+            Op::Pause => {}
+        }
+    }
+
+    /// Tells the flow that a request has completed.
+    pub(super) fn completed(&mut self, op: Op, outcome: Outcome<E::Socket>, stats: &mut Stats) {
+        let event = match (op, outcome) {
+            (Op::Connect, Outcome::Done(result)) => Event::Connected(result),
+            (Op::Pause, Outcome::Done(_)) => Event::Paused,
+            (Op::Readable(half), Outcome::Readable(urgent)) => Event::Readable { half, urgent },
+            (Op::Recv(half), Outcome::Received { result, more }) => {
+                let result = result.map(|buffer| {
+                    let len = buffer.as_ref().map_or(0, Buffer::len);
+                    self.buffers[half.index()] = buffer;
+                    len
+                });
+                stats.copy_operations += u64::from(result.is_ok_and(|len| len > 0));
+                Event::Received { half, result, more }
+            }
+            (Op::Send(half), Outcome::Sent(result)) => {
+                stats.copy_operations += u64::from(result.is_ok());
+                if let (Ok(len), Some(buffer)) = (result, &mut self.buffers[half.index()]) {
+                    buffer.consume(len);
+                }
+                Event::Sent { half, result }
+            }
+            (Op::Watch(side), Outcome::Watched { writable, failed, armed }) => {
+                Event::Watched { side, writable, failed, armed }
+            }
+            // No engine answers a request with another's outcome.
+            _ => return,
+        };
+        self.flow.on(event);
+    }
+
+    /// Does at once what the flow asks, and tells it what came of it.
+    pub(super) fn answer(&mut self, engine: &mut E, question: Question, stats: &mut Stats) {
+        let event = self.ask(engine, question);
+        match event {
+            Event::Fill { result: Ok(1..), .. } => stats.splice_operations += 1,
+            Event::Drain { result: Ok(len @ 1..), .. } => {
+                stats.splice_operations += 1;
+                stats.spliced_bytes += u64::from(len);
+            }
+            _ => {}
+        }
+        self.flow.on(event);
+    }
+
+    fn ask(&mut self, engine: &mut E, question: Question) -> Event {
+        let source = |half: Side| &self.sockets[half.index()];
+        let sink = |half: Side| &self.sockets[(!half).index()];
+        match question {
+            Question::Pipe(half) => {
+                let taken = engine.take_pipe();
+                let capacity = taken.as_ref().map(|&(_, capacity)| capacity);
+                self.pipes[half.index()] = taken.map(|(pipe, _)| pipe);
+                Event::Pipe { half, capacity }
+            }
+            Question::Fill { half, len } => {
+                let socket = source(half);
+                let pipe = self.pipes[half.index()].as_mut();
+                let result = pipe.map_or(Err(Errno::EBADF), |pipe| engine.fill(socket, pipe, len));
+                Event::Fill { half, result }
+            }
+            Question::Drain { half, len } => {
+                let socket = sink(half);
+                let pipe = self.pipes[half.index()].as_mut();
+                let result = pipe.map_or(Err(Errno::EBADF), |pipe| engine.drain(pipe, socket, len));
+                Event::Drain { half, result }
+            }
+            Question::Mark(half) => {
+                Event::Mark { half, next_is_urgent: engine.is_at_mark(source(half)) }
+            }
+            Question::TakeUrgent(half) => {
+                Event::TakeUrgent { half, byte: engine.recv_urgent(source(half)) }
+            }
+            Question::SendUrgent { half, byte } => {
+                Event::SendUrgent { half, result: engine.send_urgent(sink(half), byte) }
+            }
+            Question::Unsent(side) => Event::Unsent { bytes: engine.unsent(source(side)) },
+        }
+    }
+}
+
+/// An address as logs show it.
+pub(super) fn display(address: Option<SockaddrStorage>) -> String {
+    address.map_or_else(|| "unknown client".to_owned(), |address| address.to_string())
+}
