@@ -80,7 +80,7 @@ pub fn run(config: &Config) -> Result<u8> {
 
     let cpus = connector::worker_cpus(config, forward.is_single())?;
     let channels = open_channels(config, cpus.len()).map_err(|errno| {
-        Error::system(Kind::Kernel, "cannot make socketpairs", errno, "RLIMIT_NOFILE may be too low")
+        Error::system(Kind::Kernel, "cannot make socketpairs", errno, "RLIMIT_NOFILE is too low")
     })?;
     let signals = block_signals().map_err(|errno| {
         Error::system(Kind::Kernel, "cannot block SIGINT and SIGTERM", errno, "")

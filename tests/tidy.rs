@@ -104,8 +104,7 @@ fn every_rule_finds_what_it_is_for() {
     for (rule, broken) in RULES {
         assert_eq!(broken(&bad).len(), 1, "{rule}");
     }
-    let text =
-        "use crate::{\n    cli,\n    flow::{self, Side},\n};\nstatic X: T = crate::flow::half::X;\n";
+    let text = "use crate::{\n    cli,\n    flow::{self, Side},\n};\nstatic X: T = crate::flow::half::X;\n";
     for (path, count) in [("src/config.rs", 5), ("src/flow.rs", 2), ("src/cli/x.rs", 0)] {
         assert_eq!(wrong_directions(&Source::new(path, text)).len(), count, "{path}");
     }
