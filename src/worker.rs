@@ -60,6 +60,8 @@ pub struct Worker<E: Engine> {
     yielded: Vec<(u32, u32)>,
     /// Flows that wait for a buffer.
     starved: Vec<(u32, u32)>,
+    /// A buffer was given back in this turn.
+    has_spare_buffer: bool,
     listener: Option<E::Socket>,
     accepts_in_flight: u32,
     accept_pause: Option<Instant>,
@@ -83,6 +85,7 @@ impl<E: Engine> Worker<E> {
             free: Vec::new(),
             yielded: Vec::new(),
             starved: Vec::new(),
+            has_spare_buffer: false,
             listener: None,
             accepts_in_flight: 0,
             accept_pause: None,
@@ -100,6 +103,9 @@ impl<E: Engine> Worker<E> {
 
     /// Forwards `client`, an accepted connection.
     pub fn add(&mut self, client: E::Socket) {
+        if self.stopping {
+            return self.turn_away(client);
+        }
         self.stats.connections += 1;
         let Settings { transfer, grace_ms, .. } = self.settings;
         let (flow, target) = match self.target.take() {
@@ -174,6 +180,10 @@ impl<E: Engine> Worker<E> {
                 Token::Ignored => {}
             }
         }
+        if std::mem::take(&mut self.has_spare_buffer) {
+            // All of them: whoever were chosen might not need it any more.
+            self.yielded.append(&mut self.starved);
+        }
         for (index, generation) in std::mem::take(&mut self.yielded) {
             if self.slots[index as usize].generation == generation {
                 self.tell(index, Event::Turn);
@@ -187,7 +197,8 @@ impl<E: Engine> Worker<E> {
     }
 
     fn sleep(&self) -> Sleep {
-        if !self.yielded.is_empty() {
+        let somebody_is_next = self.has_spare_buffer && !self.starved.is_empty();
+        if somebody_is_next || !self.yielded.is_empty() {
             Sleep::No
         } else if self.accept_pause.is_some() {
             Sleep::ForMs(ACCEPT_PAUSE.as_millis() as u32)
@@ -218,10 +229,7 @@ impl<E: Engine> Worker<E> {
         match result {
             // It came together with the order to stop: as if it had still been in the queue of
             // the listening socket that is closed now.
-            Ok(client) if self.listener.is_none() => {
-                self.engine.reset(&client);
-                self.engine.close(client);
-            }
+            Ok(client) if self.listener.is_none() => self.turn_away(client),
             Ok(client) => {
                 if self.settings.single {
                     self.stop_accepting();
@@ -242,11 +250,15 @@ impl<E: Engine> Worker<E> {
         }
     }
 
+    fn turn_away(&mut self, client: E::Socket) {
+        self.engine.reset(&client);
+        self.engine.close(client);
+    }
+
     /// No socket for the target can be had: the client learns it by a reset.
     fn refuse(&mut self, client: E::Socket, errno: Errno) {
         let name = display(self.engine.peer(&client));
-        self.engine.reset(&client);
-        self.engine.close(client);
+        self.turn_away(client);
         self.ended(End::ConnectFailed(errno), [0, 0], &name, None);
     }
 
@@ -297,8 +309,7 @@ impl<E: Engine> Worker<E> {
         }
         if let Some(buffer) = tenant.buffers[half.index()].take() {
             self.engine.give_back(buffer);
-            // One of those that waited may have it; it is told at the turn's end.
-            self.yielded.extend(self.starved.pop());
+            self.has_spare_buffer = true;
         }
     }
 

@@ -218,10 +218,7 @@ impl Half {
             Ok(false) => self.source = Source::Ready,
             Err(Errno::EINTR | Errno::ECANCELED) => {}
             // The wait could not be made: a receive tells the error, if it is the socket's.
-            Err(_) => {
-                self.source = Source::Ready;
-                self.must_recv = true;
-            }
+            Err(_) => self.doubt(),
         }
     }
 
@@ -253,7 +250,7 @@ impl Half {
     pub(crate) fn on_pipe(&mut self, capacity: Option<u32>) {
         match capacity {
             Some(capacity) => self.held = Held::Pipe { capacity, pending: 0 },
-            None => self.must_recv = true,
+            None => self.doubt(),
         }
     }
 
@@ -279,8 +276,8 @@ impl Half {
         Ok(())
     }
 
-    /// Splice moved nothing although there is something: an urgent byte, the end of the stream,
-    /// or something else that only a receive tells (kernel-fact 5).
+    /// The next read is a receive, once it is known that it does not meet an urgent byte: splice
+    /// moved nothing although there is something (kernel-fact 5), or cannot be used.
     fn doubt(&mut self) {
         self.source = Source::Doubtful;
         self.must_recv = true;
