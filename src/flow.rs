@@ -182,6 +182,7 @@ impl Flow {
             Event::Drain { half, result } => self.on_delivered(half, result),
             Event::Turn => {
                 self.waiting_turn = false;
+                self.starved = false;
                 self.turn_left = TURN_BYTES;
                 if let Phase::Connecting { watched } = &mut self.phase {
                     *watched = true;

@@ -60,7 +60,7 @@ pub struct Worker<E: Engine> {
     yielded: Vec<(u32, u32)>,
     /// Flows that wait for a buffer.
     starved: Vec<(u32, u32)>,
-    /// A buffer was given back in this turn.
+    /// A buffer was given back since starved flows were last told.
     has_spare_buffer: bool,
     listener: Option<E::Socket>,
     accepts_in_flight: u32,
@@ -180,9 +180,10 @@ impl<E: Engine> Worker<E> {
                 Token::Ignored => {}
             }
         }
-        if std::mem::take(&mut self.has_spare_buffer) {
+        if self.can_feed() {
             // All of them: whoever were chosen might not need it any more.
             self.yielded.append(&mut self.starved);
+            self.has_spare_buffer = false;
         }
         for (index, generation) in std::mem::take(&mut self.yielded) {
             if self.slots[index as usize].generation == generation {
@@ -196,9 +197,12 @@ impl<E: Engine> Worker<E> {
         Ok(woken)
     }
 
+    fn can_feed(&self) -> bool {
+        self.has_spare_buffer && !self.starved.is_empty()
+    }
+
     fn sleep(&self) -> Sleep {
-        let somebody_is_next = self.has_spare_buffer && !self.starved.is_empty();
-        if somebody_is_next || !self.yielded.is_empty() {
+        if self.can_feed() || !self.yielded.is_empty() {
             Sleep::No
         } else if self.accept_pause.is_some() {
             Sleep::ForMs(ACCEPT_PAUSE.as_millis() as u32)
