@@ -8,9 +8,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::cmsg_space;
 use nix::errno::Errno;
+use nix::libc;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
 
 /// Most descriptors the kernel passes in a message (SCM_MAX_FD).
@@ -92,12 +92,8 @@ impl Channel {
         let length = received.bytes;
         let truncated = received.flags.contains(MsgFlags::MSG_CTRUNC);
         let mut sockets = Vec::new();
-        for control in received.cmsgs().into_iter().flatten() {
-            if let ControlMessageOwned::ScmRights(raw) = control {
-                for fd in raw {
-                    sockets.push(crate::sys::own(fd)?);
-                }
-            }
+        for fd in descriptors(&space) {
+            sockets.push(crate::sys::own(fd)?);
         }
         if length == 0 {
             return Ok(None);
@@ -105,6 +101,28 @@ impl Channel {
         let message = Message::from_byte(byte[0]).ok_or(Errno::EBADMSG)?;
         Ok(Some(Received { message, sockets, truncated }))
     }
+}
+
+/// The descriptors in what came with a message. By hand: nix gives none of them when others were
+/// lost (MSG_CTRUNC), and those that have arrived would be open for ever.
+fn descriptors(mut control: &[u8]) -> Vec<RawFd> {
+    const HEADER: usize = size_of::<libc::cmsghdr>();
+    let mut found = Vec::new();
+    // A buffer that is not used up ends in zeroes.
+    while let Some((length, rest)) = control.split_first_chunk()
+        && let length @ HEADER.. = usize::from_ne_bytes(*length).min(control.len())
+    {
+        let words = |bytes: &[u8]| -> Vec<i32> {
+            let word = |word: &[u8]| i32::from_ne_bytes([word[0], word[1], word[2], word[3]]);
+            bytes.chunks_exact(size_of::<RawFd>()).map(word).collect()
+        };
+        if words(&rest[..8]) == [libc::SOL_SOCKET, libc::SCM_RIGHTS] {
+            found.extend(words(&control[HEADER..length]));
+        }
+        let next = length.next_multiple_of(size_of::<usize>());
+        control = control.get(next..).unwrap_or_default();
+    }
+    found
 }
 
 impl AsFd for Channel {

@@ -199,18 +199,21 @@ fn accept_connections(
     let mut outboxes: Vec<Outbox> =
         workers.iter().map(|channel| Outbox { channel, waiting: Vec::new(), given: 0 }).collect();
     let mut paused = false;
+    let mut failure = None;
     loop {
         let mut blocked = false;
-        for outbox in &mut outboxes {
-            // "Later", or a connector that is gone, which the control channel tells.
-            blocked |= outbox.flush().is_err();
-        }
         let mut own: Vec<(&dyn AsFd, PollFlags)> = Vec::new();
-        if blocked {
-            for outbox in outboxes.iter().filter(|outbox| !outbox.waiting.is_empty()) {
-                own.push((outbox.channel, PollFlags::POLLOUT));
+        for outbox in &mut outboxes {
+            match outbox.flush() {
+                Ok(()) => continue,
+                Err(Errno::EAGAIN) => own.push((outbox.channel, PollFlags::POLLOUT)),
+                // Too much in flight, or no memory: a pause helps, no change of the channel does.
+                // A connector that is gone is told by the control channel.
+                Err(_) => {}
             }
-        } else if !paused {
+            blocked = true;
+        }
+        if !blocked && !paused {
             own.push((listener, PollFlags::POLLIN));
         }
         let timeout =
@@ -219,14 +222,25 @@ fn accept_connections(
             return Ok(());
         }
         if !blocked {
-            paused = !accept_batch(listener, &mut outboxes, ended);
+            let result = accept_batch(listener, &mut outboxes, ended);
+            paused = result.is_err();
+            if let Err(errno) = result
+                && failure != Some(errno)
+            {
+                log::say_now(&format!("cannot accept: {errno:?}: {}", errno.desc()));
+            }
+            failure = result.err();
         }
     }
 }
 
-/// Accepts what is there, up to a batch, each for the worker with the fewest connections; false
+/// Accepts what is there, up to a batch, each for the worker with the fewest connections; fails
 /// when the system has run out of something.
-fn accept_batch(listener: &OwnedFd, outboxes: &mut [Outbox], ended: &SharedCounters) -> bool {
+fn accept_batch(
+    listener: &OwnedFd,
+    outboxes: &mut [Outbox],
+    ended: &SharedCounters,
+) -> std::result::Result<(), Errno> {
     for _ in 0..BATCH {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         match accept4(listener.as_raw_fd(), flags).and_then(crate::sys::own) {
@@ -240,13 +254,10 @@ fn accept_batch(listener: &OwnedFd, outboxes: &mut [Outbox], ended: &SharedCount
                     outbox.waiting.push(client);
                 }
             }
-            Err(Errno::EAGAIN) => return true,
+            Err(Errno::EAGAIN) => break,
             Err(Errno::EINTR | Errno::ECONNABORTED) => {}
-            Err(errno) => {
-                log::say_now(&format!("cannot accept: {errno:?}: {}", errno.desc()));
-                return false;
-            }
+            Err(errno) => return Err(errno),
         }
     }
-    true
+    Ok(())
 }

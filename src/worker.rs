@@ -65,6 +65,8 @@ pub struct Worker<E: Engine> {
     listener: Option<E::Socket>,
     accepts_in_flight: u32,
     accept_pause: Option<Instant>,
+    /// The failure that keeps the worker from accepting, which is logged once.
+    accept_failure: Option<Errno>,
     /// The socket given by `-C`, until the connection it is for is there.
     target: Option<E::Socket>,
     stopping: bool,
@@ -89,6 +91,7 @@ impl<E: Engine> Worker<E> {
             listener: None,
             accepts_in_flight: 0,
             accept_pause: None,
+            accept_failure: None,
             target,
             stopping: false,
             last_end: None,
@@ -235,6 +238,7 @@ impl<E: Engine> Worker<E> {
             // the listening socket that is closed now.
             Ok(client) if self.listener.is_none() => self.turn_away(client),
             Ok(client) => {
+                self.accept_failure = None;
                 if self.settings.single {
                     self.stop_accepting();
                 }
@@ -243,10 +247,10 @@ impl<E: Engine> Worker<E> {
             Err(Errno::ECANCELED | Errno::ECONNABORTED | Errno::EINTR) => {}
             Err(errno) => {
                 self.stats.count_error(&format!("accept {errno:?}"));
-                if self.accept_pause.is_none() {
+                if self.accept_failure.replace(errno) != Some(errno) {
                     self.log.line(&format!("cannot accept: {errno:?}: {}", errno.desc()));
-                    self.accept_pause = Some(Instant::now() + ACCEPT_PAUSE);
                 }
+                self.accept_pause = Some(Instant::now() + ACCEPT_PAUSE);
             }
         }
         if self.accept_pause.is_none() {
