@@ -335,8 +335,9 @@ impl Flow {
             return Some(Action::Release(side));
         }
         if half.is_at_end() {
-            let has_ended_well = self.trouble(side).is_none();
-            if has_ended_well && self.halves[side.index()].shut() {
+            // An alarm is no failure here: had the stream not ended before it, reading would have
+            // told the failure and not the end.
+            if self.failed[side.index()].is_none() && half.shut() {
                 return Some(Action::Shutdown(sink));
             }
             // Nothing is read here any more, so only a watch can tell that the socket failed.
