@@ -123,6 +123,35 @@ pub enum SummaryFormat {
 }
 
 impl Config {
+    /// The inherited descriptors options name, each with its option.
+    pub fn named_fds(&self) -> Vec<(&'static str, RawFd)> {
+        let mut named: Vec<_> = self.ready_fd.map(|fd| ("--ready-fd", fd)).into_iter().collect();
+        for forward in &self.forwards {
+            let (listen_netns, connect_netns) = match (&forward.listen, &forward.connect) {
+                (ListenSide::Bind { netns: a, .. }, ConnectSide::Address { netns: b, .. }) => {
+                    (a, b)
+                }
+                (ListenSide::Bind { netns, .. }, _) => (netns, &None),
+                (_, ConnectSide::Address { netns, .. }) => (&None, netns),
+                _ => (&None, &None),
+            };
+            for netns in [listen_netns, connect_netns].into_iter().flatten() {
+                if let NetnsSource::Fd(fd) = netns.source {
+                    named.push((netns.option, fd));
+                }
+            }
+            match forward.listen {
+                ListenSide::Bind { .. } => {}
+                ListenSide::Listener(fd) => named.push(("-L", fd)),
+                ListenSide::Accepted(fd) => named.push(("-S", fd)),
+            }
+            if let ConnectSide::Connected(fd) = forward.connect {
+                named.push(("-C", fd));
+            }
+        }
+        named
+    }
+
     /// Whether any namespace option was given.
     pub fn names_a_netns(&self) -> bool {
         self.forwards.iter().any(|forward| {

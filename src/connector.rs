@@ -2,11 +2,11 @@
 //! gives them what the listener hands over, and adds up what they did.
 
 use std::io::Write;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFlags, PollTimeout};
 use nix::sched::{CpuSet, sched_getaffinity};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signalfd::SignalFd;
 use nix::unistd::Pid;
 
@@ -21,6 +21,9 @@ use crate::process::{ConnectPart, Wake, wait_any};
 use crate::stats::Summary;
 use crate::sys::SharedCounters;
 use crate::worker::Settings;
+
+/// Longest time to wait at the end for the last lines of the log to be written.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// What the connector is given at the fork.
 pub struct Part<'a> {
@@ -68,7 +71,6 @@ pub fn run(part: Part) -> Result<u8> {
             (Some(address), None)
         }
     };
-    raise_descriptor_limit();
     let (log, log_writer) = Log::start(config.verbose)
         .map_err(|error| Error::new(Kind::Kernel, format!("cannot start a thread: {error}")))?;
     let settings = Settings {
@@ -94,8 +96,12 @@ pub fn run(part: Part) -> Result<u8> {
     let (stats, last_end) = crew.stop()?;
     served?;
     drop(log);
-    // All workers are gone, so the writer ends when it has written what it has.
-    let _ = log_writer.join();
+    // All workers are gone, so the writer ends when it has written what it has; but a standard
+    // error that nobody reads must not keep the program from ending.
+    let deadline = Instant::now() + LAST_LINES;
+    while !log_writer.is_finished() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     if config.summary == Some(SummaryFormat::Json) {
         let summary = Summary::new("uring", stats).to_json();
         writeln!(std::io::stdout(), "{summary}").map_err(|error| {
@@ -117,9 +123,11 @@ fn serve(crew: &mut Crew, control: &Channel, signals: &SignalFd) -> Result<()> {
             Wake::Signal => return Ok(()),
             Wake::Own => crew.collect(),
             Wake::Control => match control.receive() {
+                Ok(Some(Received { message: Message::Stop, .. })) => return Ok(()),
                 Ok(Some(received)) => hand_on(received, crew)?,
-                // The listener is gone, or told us to stop by closing its end.
-                Ok(None) | Err(Errno::ECONNRESET) => return Ok(()),
+                Ok(None) | Err(Errno::ECONNRESET) => {
+                    return Err(Error::new(Kind::Process, "the listener process died"));
+                }
                 Err(errno) => return Err(lost(errno)),
             },
         }
@@ -148,16 +156,5 @@ fn hand_on(received: Received, crew: &mut Crew) -> Result<()> {
             Ok(())
         }
         other => Err(Error::new(Kind::Process, format!("the listener is confused: {other:?}"))),
-    }
-}
-
-/// Two descriptors a connection add up: the soft limit is often 1024 for the sake of select(2),
-/// which is not used here.
-fn raise_descriptor_limit() {
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-    {
-        // Refused: the soft limit stays, and with it fewer connections.
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }

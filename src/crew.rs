@@ -346,7 +346,7 @@ impl Thread {
 fn pin(cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)).map_err(|errno| {
-        let what = format!("--cpus {cpu}: cannot pin a worker");
+        let what = format!("--cpus: cannot pin a worker to CPU {cpu}");
         Error::system(Kind::Kernel, what, errno, "no such CPU, or not one for this process")
     })
 }

@@ -30,6 +30,8 @@ pub enum Message {
     Accepting = b'A',
     /// Listener: accepted connections.
     Connections = b'C',
+    /// Listener: end all connections, then the process.
+    Stop = b'T',
 }
 
 impl Message {
@@ -40,6 +42,7 @@ impl Message {
             Message::Start,
             Message::Accepting,
             Message::Connections,
+            Message::Stop,
         ];
         all.into_iter().find(|&message| message as u8 == byte)
     }

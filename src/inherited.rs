@@ -12,6 +12,15 @@ use nix::sys::socket::{
 
 use crate::error::{Error, Kind, Result};
 
+/// Checks that the descriptors options name are open, before the program opens any of its own:
+/// a number that is not open would come to mean one of those.
+pub fn check_open(named: &[(&str, RawFd)]) -> Result<()> {
+    for &(option, fd) in named {
+        crate::sys::copy_inherited(fd).map_err(|errno| unusable(option, fd, errno))?;
+    }
+    Ok(())
+}
+
 /// The descriptors taken over so far. The same number may be given for several options.
 #[derive(Debug, Default)]
 pub struct Inherited {
@@ -36,10 +45,18 @@ impl Inherited {
     }
 }
 
-/// Where a program that waits for us wants to be told the address; nothing is closed, because
-/// the number may be a standard stream.
-pub fn ready_fd(fd: RawFd) -> Result<OwnedFd> {
-    crate::sys::copy_inherited(fd).map_err(|errno| unusable("--ready-fd", fd, errno))
+/// Where a program that waits for us wants to be told the address. A standard stream stays open.
+pub fn ready_fd(fd: RawFd, inherited: &mut Inherited) -> Result<OwnedFd> {
+    let copy = inherited.take("--ready-fd", fd)?;
+    if fd <= nix::libc::STDERR_FILENO {
+        inherited.taken.remove(&fd);
+    }
+    let flags =
+        fcntl(&copy, FcntlArg::F_GETFL).map_err(|errno| unusable("--ready-fd", fd, errno))?;
+    if OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE == OFlag::O_RDONLY {
+        return Err(wrong("--ready-fd", fd, "is open for reading only"));
+    }
+    Ok(copy)
 }
 
 /// Checks that `socket`, given as `option`, is a listening stream socket.
@@ -91,6 +108,8 @@ fn check_stream(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> {
 fn prepare(socket: &OwnedFd) {
     // A socket that was reset in the meantime refuses; forwarding then says so.
     let _ = setsockopt(socket, sockopt::OobInline, &true);
+    // Closing must not wait: it would hold up every other connection of its worker.
+    let _ = setsockopt(socket, sockopt::Linger, &nix::libc::linger { l_onoff: 0, l_linger: 0 });
     if family(socket) != Some(AddressFamily::Unix) {
         let _ = setsockopt(socket, sockopt::TcpNoDelay, &true);
     }

@@ -36,7 +36,7 @@ pub struct Part<'a> {
     /// Where connections come from.
     pub listen: ListenPart,
     /// To the connector.
-    pub control: Channel,
+    pub control: &'a Channel,
     /// To each worker.
     pub workers: Vec<Channel>,
     /// Connections each worker has ended.
@@ -49,7 +49,7 @@ pub struct Part<'a> {
 
 /// Serves until told to stop or until the connector is gone, which the caller finds out about.
 pub fn run(part: Part) -> Result<u8> {
-    let (control, signals) = (&part.control, part.signals);
+    let (control, signals) = (part.control, part.signals);
     if !expect(control, signals, Message::Ready)? {
         return Ok(0);
     }
@@ -158,12 +158,12 @@ fn expect(control: &Channel, signals: &SignalFd, message: Message) -> Result<boo
 }
 
 fn announce(address: &str, verbose: bool, ready: Option<OwnedFd>) {
-    if verbose {
-        log::say_now(&format!("listening on {address}"));
-    }
     if let Some(ready) = ready {
         // Whoever asked to be told and did not wait for it is nothing to fail for.
         let _ = write(ready, format!("{address}\n").as_bytes());
+    }
+    if verbose {
+        log::say_now(&format!("listening on {address}"));
     }
 }
 

@@ -6,9 +6,11 @@
 //! is also how each notices at once that the other is gone.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -16,11 +18,14 @@ use nix::unistd::{ForkResult, Pid};
 
 use crate::config::{Config, ConnectSide, Forward, Handoff, ListenSide};
 use crate::error::{Error, Kind, Result};
-use crate::handoff::Channel;
+use crate::handoff::{Channel, Message};
 use crate::inherited::{self, Inherited};
 use crate::netns::{self, OpenNetns};
 use crate::sys::SharedCounters;
 use crate::{connector, listener, log};
+
+/// Signals that come within this time of the first are repetitions of it, not impatience.
+const ONE_ORDER: Duration = Duration::from_secs(1);
 
 /// The listen side, opened.
 #[derive(Debug)]
@@ -73,13 +78,17 @@ pub fn run(config: &Config) -> Result<u8> {
              Operating in a usual boring TCP forwarder mode.",
         );
     }
+    raise_descriptor_limit();
+    inherited::check_open(&config.named_fds())?;
     let mut inherited = Inherited::default();
     let (listen, connect) = open_sides(forward, &mut inherited)?;
-    let ready = config.ready_fd.map(inherited::ready_fd).transpose()?;
+    let ready = config.ready_fd.map(|fd| inherited::ready_fd(fd, &mut inherited)).transpose()?;
     inherited.close_originals();
 
     let cpus = connector::worker_cpus(config, forward.is_single())?;
-    let channels = open_channels(config, cpus.len()).map_err(|errno| {
+    // One connection needs no batches, and no client but the first may be taken from the queue.
+    let handoff = if forward.is_single() { Handoff::Socket } else { config.handoff };
+    let channels = open_channels(handoff, cpus.len()).map_err(|errno| {
         Error::system(Kind::Kernel, "cannot make socketpairs", errno, "RLIMIT_NOFILE is too low")
     })?;
     let signals = block_signals().map_err(|errno| {
@@ -107,19 +116,32 @@ pub fn run(config: &Config) -> Result<u8> {
             drop::<Vec<Channel>>(connector_ends);
             let served = listener::run(listener::Part {
                 verbose: config.verbose,
-                handoff: config.handoff,
+                handoff,
                 listen,
-                control: to_connector,
+                control: &to_connector,
                 workers: listener_ends,
                 ended: channels.ended,
                 signals: &signals,
                 ready,
             });
-            // The control channel is closed now, so the connector ends if it has not already.
+            // It may be gone already.
+            let _ = to_connector.send(Message::Stop, &[]);
+            drop(to_connector);
             let connector = wait_for(child, &signals);
             served.and(connector)
         }
         Err(errno) => Err(Error::system(Kind::Kernel, "cannot fork", errno, "")),
+    }
+}
+
+/// Two descriptors a connection add up: the soft limit is often 1024 for the sake of select(2),
+/// which is not used here.
+fn raise_descriptor_limit() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        // Refused: the soft limit stays, and with it fewer connections.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }
 
@@ -154,8 +176,8 @@ fn open_sides(forward: &Forward, inherited: &mut Inherited) -> Result<(ListenPar
     Ok((listen, connect))
 }
 
-fn open_channels(config: &Config, workers: usize) -> std::result::Result<Channels, Errno> {
-    let handoff = match config.handoff {
+fn open_channels(handoff: Handoff, workers: usize) -> std::result::Result<Channels, Errno> {
+    let handoff = match handoff {
         Handoff::Socket => Vec::new(),
         Handoff::Connections => {
             (0..workers).map(|_| Channel::pair()).collect::<std::result::Result<_, _>>()?
@@ -205,6 +227,7 @@ pub fn wait_any(
 /// Waits for the connector, which is ending; a second signal kills it. Its failures are its own
 /// to explain, unless it was killed.
 fn wait_for(connector: Pid, signals: &SignalFd) -> Result<u8> {
+    let since = Instant::now();
     let gone = pidfd(connector);
     if let Ok(gone) = &gone {
         let mut fds = [
@@ -215,7 +238,10 @@ fn wait_for(connector: Pid, signals: &SignalFd) -> Result<u8> {
             if fds[0].any().unwrap_or(false) {
                 break;
             }
-            if fds[1].any().unwrap_or(false) && matches!(signals.read_signal(), Ok(Some(_))) {
+            let signalled =
+                fds[1].any().unwrap_or(false) && matches!(signals.read_signal(), Ok(Some(_)));
+            // Some programs signal a process and then its group: that is one order to end.
+            if signalled && since.elapsed() > ONE_ORDER {
                 let _ = kill(connector, Signal::SIGKILL);
             }
         }

@@ -5,6 +5,7 @@
 //!
 //! It must not know which engine it has, or what a flow's state is.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -56,6 +57,8 @@ pub struct Worker<E: Engine> {
     stats: Stats,
     slots: Vec<Slot<E>>,
     free: Vec<u32>,
+    /// Accepted connections for whose targets the system has no socket now.
+    waiting: VecDeque<E::Socket>,
     /// Flows that gave way to others.
     yielded: Vec<(u32, u32)>,
     /// Flows that wait for a buffer.
@@ -85,6 +88,7 @@ impl<E: Engine> Worker<E> {
             stats: Stats::default(),
             slots: Vec::new(),
             free: Vec::new(),
+            waiting: VecDeque::new(),
             yielded: Vec::new(),
             starved: Vec::new(),
             has_spare_buffer: false,
@@ -109,15 +113,20 @@ impl<E: Engine> Worker<E> {
         if self.stopping {
             return self.turn_away(client);
         }
-        self.stats.connections += 1;
         let Settings { transfer, grace_ms, .. } = self.settings;
         let (flow, target) = match self.target.take() {
             Some(target) => (Flow::connected(transfer, grace_ms), target),
             None => match self.engine.target_socket() {
                 Ok(socket) => (Flow::connecting(transfer, grace_ms), socket),
+                Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {
+                    self.waiting.push_back(client);
+                    self.accept_pause = Some(Instant::now() + ACCEPT_PAUSE);
+                    return;
+                }
                 Err(errno) => return self.refuse(client, errno),
             },
         };
+        self.stats.connections += 1;
         let record = self.log.is_verbose().then(|| {
             Box::new(Record { client: self.engine.peer(&client), started: Instant::now() })
         });
@@ -133,6 +142,9 @@ impl<E: Engine> Worker<E> {
     pub fn stop(&mut self) {
         self.stopping = true;
         self.stop_accepting();
+        for client in std::mem::take(&mut self.waiting) {
+            self.turn_away(client);
+        }
         for index in 0..self.slots.len() as u32 {
             self.tell(index, Event::Stop);
         }
@@ -167,6 +179,8 @@ impl<E: Engine> Worker<E> {
     /// One turn: submit, wait if there is nothing else to do, and serve what has completed.
     pub fn turn(&mut self) -> Result<Woken, Errno> {
         self.engine.wait(self.sleep())?;
+        // Those that yield in this turn go on in the next: after the others' requests.
+        let mut due = std::mem::take(&mut self.yielded);
         let mut woken = Woken::default();
         while let Some(completion) = self.engine.completion() {
             match completion.token {
@@ -185,16 +199,19 @@ impl<E: Engine> Worker<E> {
         }
         if self.can_feed() {
             // All of them: whoever were chosen might not need it any more.
-            self.yielded.append(&mut self.starved);
+            due.append(&mut self.starved);
             self.has_spare_buffer = false;
         }
-        for (index, generation) in std::mem::take(&mut self.yielded) {
+        for (index, generation) in due {
             if self.slots[index as usize].generation == generation {
                 self.tell(index, Event::Turn);
             }
         }
         if self.accept_pause.is_some_and(|until| until <= Instant::now()) {
             self.accept_pause = None;
+            for client in std::mem::take(&mut self.waiting) {
+                self.add(client);
+            }
             self.accept_more();
         }
         Ok(woken)
@@ -215,6 +232,9 @@ impl<E: Engine> Worker<E> {
     }
 
     fn accept_more(&mut self) {
+        if self.accept_pause.is_some() {
+            return;
+        }
         let Some(listener) = &self.listener else { return };
         let wanted = if self.settings.single { 1 } else { ACCEPTS };
         while self.accepts_in_flight < wanted {
@@ -253,9 +273,7 @@ impl<E: Engine> Worker<E> {
                 self.accept_pause = Some(Instant::now() + ACCEPT_PAUSE);
             }
         }
-        if self.accept_pause.is_none() {
-            self.accept_more();
-        }
+        self.accept_more();
     }
 
     fn turn_away(&mut self, client: E::Socket) {
@@ -267,6 +285,7 @@ impl<E: Engine> Worker<E> {
     fn refuse(&mut self, client: E::Socket, errno: Errno) {
         let name = display(self.engine.peer(&client));
         self.turn_away(client);
+        self.stats.connections += 1;
         self.ended(End::ConnectFailed(errno), [0, 0], &name, None);
     }
 

@@ -41,7 +41,7 @@ use std::time::{Duration, Instant};
 
 use schedule::{Logs, Summary};
 
-const SCHEDULES: u64 = 400_000;
+const SCHEDULES: u64 = 240_000;
 
 const THREADS: usize = 2;
 

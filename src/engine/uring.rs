@@ -342,7 +342,7 @@ fn refused(what: &str, error: &std::io::Error) -> Error {
             "sysctl kernel.io_uring_disabled or a seccomp filter forbids it to this process"
         }
         Errno::EINVAL => "this kernel is older than 6.1",
-        Errno::ENOMEM => "not enough memory, or RLIMIT_MEMLOCK is too low",
+        Errno::ENOMEM => "not enough memory, or RLIMIT_MEMLOCK is too low for so many --workers",
         Errno::EMFILE => "RLIMIT_NOFILE is too low",
         _ => "",
     };

@@ -193,7 +193,7 @@ impl Connection {
         Self {
             connect,
             is_late: rng.percent(30),
-            no_socket: rng.of_1024(10).then_some(Errno::EMFILE),
+            no_socket: rng.of_1024(10).then_some(Errno::EAFNOSUPPORT),
             peers: [Peer::new(rng, capacities, quiet), Peer::new(rng, capacities, quiet)],
         }
     }
