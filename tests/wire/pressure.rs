@@ -1,0 +1,148 @@
+//! A reader that stops costs a bounded amount of memory, and no time.
+
+use std::io::{ErrorKind, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::time::Duration;
+
+use super::stage::NSPLICE;
+use super::stage::Way;
+use crate::support::streams::{accept, connect};
+use crate::support::{Forwarder, Launch, Netns, PATIENCE, Process, namespaces};
+
+const CONNECTIONS: usize = 4;
+
+/// What may be on the way of one connection: the kernel's buffers, of up to 4 MiB to send and 32
+/// MiB to receive, on each side, and a pipe. The point is that it has an end.
+const ON_THE_WAY_BYTES_MAX: usize = 80 << 20;
+
+/// What the forwarder's processes may grow by, for all connections. Bytes on the way are in the
+/// kernel, or in buffers of which the first few are there from the start.
+const RSS_GROWTH_BYTES_MAX: u64 = 4 << 20;
+
+/// How long the forwarder is watched, and the ticks of 10 ms it may take in that time. One that
+/// spins takes 200.
+const WATCHED: Duration = Duration::from_secs(2);
+const TICKS_MAX: u64 = 10;
+
+/// Nothing gets through for this long: all on the way is full.
+const BLOCKED: Duration = Duration::from_millis(300);
+
+/// What has happened to the connection whose reader stops.
+#[derive(Clone, Copy, Debug)]
+enum Before {
+    Nothing,
+    /// The reader has ended the stream it sends (kernel-fact 11).
+    ReaderHalfClosed,
+    /// The sender has ended its stream, which still waits behind the bytes.
+    SenderHalfClosed,
+    /// The sender is gone: the bytes are to be delivered, then a reset.
+    SenderReset,
+}
+
+#[test]
+fn a_stopped_reader_costs_no_time_and_bounded_memory() {
+    check(Before::Nothing);
+}
+
+#[test]
+fn a_stopped_reader_that_has_half_closed_costs_no_time_and_bounded_memory() {
+    check(Before::ReaderHalfClosed);
+}
+
+#[test]
+fn a_stopped_reader_of_a_half_closed_sender_costs_no_time_and_bounded_memory() {
+    check(Before::SenderHalfClosed);
+}
+
+#[test]
+fn a_stopped_reader_of_a_sender_that_has_reset_costs_no_time_and_bounded_memory() {
+    check(Before::SenderReset);
+}
+
+/// In each transfer; clients and servers are the readers in turn.
+fn check(before: Before) {
+    for way in NSPLICE {
+        let Way::Nsplice { transfer, handoff: "socket" } = way else { continue };
+        namespaces!(clients, targets);
+        let listener = targets.listen("127.0.0.1:0");
+        let forwarder = Launch::nsplice()
+            .option("--transfer", transfer)
+            .listen_netns(&clients)
+            .connect_netns(&targets)
+            .listen(([127, 0, 0, 1], 0))
+            .connect(listener.local_addr().unwrap())
+            .start();
+        stop_reading(&forwarder, &clients, &listener, before, transfer);
+        forwarder.stop().assert_clean();
+    }
+}
+
+fn stop_reading(
+    forwarder: &Forwarder,
+    clients: &Netns,
+    listener: &TcpListener,
+    before: Before,
+    transfer: &str,
+) {
+    let processes = forwarder.processes();
+    let rss_bytes = || processes.iter().map(Process::rss_bytes).sum::<u64>();
+    let idle_bytes = rss_bytes();
+    let mut open = Vec::new();
+    for number in 0..CONNECTIONS {
+        let client = clients.enter(|| connect(forwarder.address()));
+        let server = accept(listener);
+        let (sender, reader) = if number % 2 == 0 { (client, server) } else { (server, client) };
+        if let Before::ReaderHalfClosed = before {
+            reader.shutdown(Shutdown::Write).unwrap();
+        }
+        let sent = send_until_blocked(&sender);
+        assert!(sent < ON_THE_WAY_BYTES_MAX, "{transfer}: {sent} bytes are on the way");
+        match before {
+            Before::Nothing | Before::ReaderHalfClosed => open.push(sender),
+            Before::SenderHalfClosed => {
+                sender.shutdown(Shutdown::Write).unwrap();
+                open.push(sender);
+            }
+            Before::SenderReset => {
+                let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+                let option = nix::sys::socket::sockopt::Linger;
+                nix::sys::socket::setsockopt(&sender, option, &linger).unwrap();
+            }
+        }
+        open.push(reader);
+    }
+    let ticks = || processes.iter().map(ticks_of).sum::<u64>();
+    let ticks_before = ticks();
+    std::thread::sleep(WATCHED);
+    let (taken, grown) = (ticks() - ticks_before, rss_bytes().saturating_sub(idle_bytes));
+    assert!(taken < TICKS_MAX, "{transfer}: {taken} ticks in {WATCHED:?}, {before:?}");
+    assert!(grown < RSS_GROWTH_BYTES_MAX, "{transfer}: {grown} bytes more, {before:?}");
+}
+
+/// Returns how many bytes went.
+fn send_until_blocked(mut stream: &TcpStream) -> usize {
+    let block = vec![7; 256 << 10];
+    stream.set_write_timeout(Some(BLOCKED)).unwrap();
+    let mut sent = 0;
+    loop {
+        match stream.write(&block) {
+            Ok(n) => sent += n,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+            Err(error) => panic!("write after {sent}: {error}"),
+        }
+        if sent >= ON_THE_WAY_BYTES_MAX {
+            break;
+        }
+    }
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    sent
+}
+
+/// Processor time a process has taken, in ticks of 10 ms.
+fn ticks_of(process: &Process) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{}/stat", process.pid)).unwrap();
+    let (_, fields) = text.rsplit_once(')').unwrap();
+    let fields: Vec<_> = fields.split_whitespace().collect();
+    // Fields 14 and 15 of the whole line.
+    fields[11..13].iter().map(|field| field.parse::<u64>().unwrap()).sum()
+}
