@@ -48,7 +48,7 @@ pub enum Op {
     Send(Side),
     /// Say whenever this side's socket becomes writable or fails.
     Watch(Side),
-    /// Let [`Flow::pause_ms`] pass.
+    /// Let [`Flow::pause_ms`](crate::flow::Flow::pause_ms) pass.
     Pause,
 }
 
