@@ -26,9 +26,9 @@ pub use words::{Action, End, Event, Op, Question, Side};
 
 /// Bytes a flow may splice before other flows get a turn.
 ///
-/// Large enough that a turn's overhead does not show in bulk (4 fills of a 1 MiB pipe), small
-/// enough that a short message behind it waits about a millisecond.
-pub const TURN_BYTES: u32 = 4 << 20;
+/// A quarter of a pipe: with less, bulk costs more; with more, a short message behind bulk waits
+/// longer (ARCHITECTURE.md has the figures). A fill that has begun is not cut short.
+pub const TURN_BYTES: u32 = 256 << 10;
 
 /// First pause of a flow that waits for what a failed socket had sent to arrive; each is twice
 /// as long as the one before, up to [`MAX_PAUSE_MS`]. Mostly nothing is left to wait for.
@@ -138,7 +138,6 @@ impl Flow {
             }
             Event::Readable { half, urgent } => {
                 self.finished(Op::Readable(half));
-                self.turn_left = TURN_BYTES;
                 self.halves[half.index()].on_readable(urgent);
             }
             Event::Sent { half, result } => {
@@ -344,16 +343,25 @@ impl Flow {
             let other_is_open = !self.halves[sink.index()].is_shut();
             return if other_is_open { self.start(Op::Watch(side)) } else { None };
         }
-        if self.waiting_turn || self.starved || self.turn_left == 0 {
-            return self.next_turn();
-        }
         if self.in_flight.has(Op::Recv(side)) || self.in_flight.has(Op::Readable(side)) {
             return None;
         }
-        match half.next_read(side) {
-            Ok(question) => ask(question),
-            Err(op) => self.start(op),
+        // At once: the next buffer that is given back counts.
+        if self.starved && !self.waiting_turn {
+            return self.next_turn();
         }
+        let read = half.next_read(side);
+        let must_wait = match read {
+            Ok(Question::Pipe(_) | Question::Fill { .. }) => {
+                self.waiting_turn || self.turn_left == 0
+            }
+            Err(Op::Recv(_)) => self.waiting_turn,
+            _ => false,
+        };
+        if must_wait {
+            return self.next_turn();
+        }
+        read.map_or_else(|op| self.start(op), ask)
     }
 
     fn next_closing(&mut self, end: End) -> Option<Action> {

@@ -18,7 +18,7 @@ use crate::stats::Stats;
 
 mod slot;
 
-use slot::{Record, Slot, Tenant, display};
+use slot::{Record, Slot, Tenant, describe, display};
 
 /// How long accepting pauses after the system ran out of something (kernel-fact 17).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -59,8 +59,8 @@ pub struct Worker<E: Engine> {
     free: Vec<u32>,
     /// Accepted connections for whose targets the system has no socket now.
     waiting: VecDeque<E::Socket>,
-    /// Flows that gave way to others.
-    yielded: Vec<(u32, u32)>,
+    /// Flows that gave way to others, in the order in which they go on.
+    yielded: VecDeque<(u32, u32)>,
     /// Flows that wait for a buffer.
     starved: Vec<(u32, u32)>,
     /// A buffer was given back since starved flows were last told.
@@ -89,7 +89,7 @@ impl<E: Engine> Worker<E> {
             slots: Vec::new(),
             free: Vec::new(),
             waiting: VecDeque::new(),
-            yielded: Vec::new(),
+            yielded: VecDeque::new(),
             starved: Vec::new(),
             has_spare_buffer: false,
             listener: None,
@@ -180,7 +180,7 @@ impl<E: Engine> Worker<E> {
     pub fn turn(&mut self) -> Result<Woken, Errno> {
         self.engine.wait(self.sleep())?;
         // Those that yield in this turn go on in the next: after the others' requests.
-        let mut due = std::mem::take(&mut self.yielded);
+        let due = self.yielded.len();
         let mut woken = Woken::default();
         while let Some(completion) = self.engine.completion() {
             match completion.token {
@@ -197,14 +197,12 @@ impl<E: Engine> Worker<E> {
                 Token::Ignored => {}
             }
         }
+        self.resume(due);
         if self.can_feed() {
             // All of them: whoever were chosen might not need it any more.
-            due.append(&mut self.starved);
             self.has_spare_buffer = false;
-        }
-        for (index, generation) in due {
-            if self.slots[index as usize].generation == generation {
-                self.tell(index, Event::Turn);
+            for (index, generation) in std::mem::take(&mut self.starved) {
+                self.take_turn(index, generation);
             }
         }
         if self.accept_pause.is_some_and(|until| until <= Instant::now()) {
@@ -215,6 +213,25 @@ impl<E: Engine> Worker<E> {
             self.accept_more();
         }
         Ok(woken)
+    }
+
+    /// Lets the first `due` flows that gave way go on, but one that moves bulk ends it: what the
+    /// others have to do meanwhile is shorter.
+    fn resume(&mut self, due: usize) {
+        let before = self.stats.splice_operations;
+        for _ in 0..due {
+            let Some((index, generation)) = self.yielded.pop_front() else { return };
+            self.take_turn(index, generation);
+            if self.stats.splice_operations != before {
+                return;
+            }
+        }
+    }
+
+    fn take_turn(&mut self, index: u32, generation: u32) {
+        if self.slots[index as usize].generation == generation {
+            self.tell(index, Event::Turn);
+        }
     }
 
     fn can_feed(&self) -> bool {
@@ -322,7 +339,7 @@ impl<E: Engine> Worker<E> {
                 }
                 Action::Release(half) => self.release(index, half),
                 Action::Shutdown(side) => self.engine.shutdown(&tenant.sockets[side.index()]),
-                Action::Yield => self.yielded.push((index, *generation)),
+                Action::Yield => self.yielded.push_back((index, *generation)),
                 Action::Starve => self.starved.push((index, *generation)),
                 Action::Close { reset } => self.close(index, reset),
             }
@@ -368,17 +385,7 @@ impl<E: Engine> Worker<E> {
         self.last_end = Some(end);
         self.stats.count_end(end, bytes);
         let target = &self.settings.target;
-        let how = match end {
-            End::Complete => "complete".to_owned(),
-            End::Stopped => "cut: the program was told to stop".to_owned(),
-            End::ConnectFailed(errno) => {
-                format!("cannot connect: {errno:?}: {}", errno.desc())
-            }
-            End::Failed(side, errno) => {
-                let who = if side == Side::Listen { "client" } else { "target" };
-                format!("{who} failed: {errno:?}: {}", errno.desc())
-            }
-        };
+        let how = describe(end);
         if let Some(started) = started {
             let [to_target, to_client] = bytes;
             let seconds = started.elapsed().as_secs_f64();

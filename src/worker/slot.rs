@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use nix::sys::socket::SockaddrStorage;
 
 use crate::engine::{Buffer, Engine, Outcome, Token};
-use crate::flow::{Event, Flow, Op, Question, Side};
+use crate::flow::{End, Event, Flow, Op, Question, Side};
 use crate::stats::Stats;
 
 /// A place for a flow.
@@ -146,4 +146,19 @@ impl<E: Engine> Tenant<E> {
 /// An address as logs show it.
 pub(super) fn display(address: Option<SockaddrStorage>) -> String {
     address.map_or_else(|| "unknown client".to_owned(), |address| address.to_string())
+}
+
+/// How a flow ended, for its line in the log.
+pub(super) fn describe(end: End) -> String {
+    match end {
+        End::Complete => "complete".to_owned(),
+        End::Stopped => "cut: the program was told to stop".to_owned(),
+        End::ConnectFailed(errno) => {
+            format!("cannot connect: {errno:?}: {}", errno.desc())
+        }
+        End::Failed(side, errno) => {
+            let who = if side == Side::Listen { "client" } else { "target" };
+            format!("{who} failed: {errno:?}: {}", errno.desc())
+        }
+    }
 }

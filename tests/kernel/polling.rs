@@ -6,7 +6,9 @@ use std::net::Shutdown;
 use nix::poll::PollFlags;
 
 use super::ring::{Done, Ring, poll_on, poll_once};
-use super::{connection, fill_up, half_closed_and_full, reset_by_peer, wait_for};
+use super::{
+    connection, events, fill_up, half_closed_and_full, is_at_mark, reset_by_peer, wait_for,
+};
 use crate::support::eventually;
 
 const IN: i16 = libc::POLLIN | libc::POLLPRI;
@@ -36,6 +38,20 @@ fn a_one_shot_poll_asks_for_the_state() {
     assert_eq!(ring.done(), [], "nothing is there, and the poll completes: a flow spins");
     far.write_all(b"!").unwrap();
     assert!(reported(ring.next_of(1)).contains(PollFlags::POLLIN));
+}
+
+#[test]
+fn a_poll_that_waited_names_urgent_data_also_without_any() {
+    let (near, mut far) = connection();
+    let mut ring = Ring::new();
+    ring.start(1, poll_once(&near, IN));
+    assert_eq!(ring.done(), []);
+    far.write_all(b"abc").unwrap();
+    assert!(
+        reported(ring.next_of(1)).contains(PollFlags::POLLPRI),
+        "PRI can be believed after a wait: a flow need not ask SIOCATMARK each time"
+    );
+    assert!(!is_at_mark(&near) && !events(&near).contains(PollFlags::POLLPRI));
 }
 
 #[test]
