@@ -100,7 +100,7 @@ impl Flow {
             failed: [None; 2],
             waiting_turn: false,
             starved: false,
-            turn_left: TURN_BYTES,
+            turn_left: 0,
             alarmed: [false; 2],
             grace_left_ms: grace_ms,
             pause_ms: FIRST_PAUSE_MS,

@@ -209,7 +209,7 @@ impl Connection {
             step: 100 * MIB,
             appetite: u64::MAX,
         };
-        let peers = [peer(5 * u64::from(TURN_BYTES)), peer(1000)];
+        let peers = [peer(16 * u64::from(TURN_BYTES)), peer(1000)];
         Self { connect: Some(Ok(())), is_late: false, no_socket: None, peers }
     }
 }

@@ -25,7 +25,7 @@ impl World {
         self.is_exhausted = false;
         self.waits_alone += 1;
         for connection in &mut self.connections {
-            (connection.events, connection.filled) = (1, 0);
+            connection.filled = 0;
         }
         self.submit();
         self.now_ms += self.rng.below(u64::from(self.weather.tempo_ms) + 1);

@@ -59,8 +59,7 @@ pub struct Connection {
     pub told_unreachable: Option<Errno>,
     /// Slot and generation by which the worker calls it.
     pub name: Option<(u32, u32)>,
-    /// Reasons for a new budget, and bytes spliced, since the last wait.
-    pub events: u64,
+    /// Bytes spliced since the last wait.
     pub filled: u64,
     /// Pauses of the flow that are over, and their length together.
     pub pauses: u32,
@@ -134,7 +133,6 @@ impl World {
             is_open: false,
             told_unreachable: None,
             name: None,
-            events: 0,
             filled: 0,
             pauses: 0,
             paused_ms: 0,
