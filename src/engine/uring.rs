@@ -74,11 +74,15 @@ impl Uring {
     }
 
     fn push(&mut self, token: Token, entry: squeue::Entry) {
-        let entry = entry.user_data(token.encode());
+        self.push_chain(&[entry.user_data(token.encode())]);
+    }
+
+    /// Entries that must be submitted together.
+    fn push_chain(&mut self, entries: &[squeue::Entry]) {
         // SAFETY: what the entries point to outlives the requests: buffers are part of the
         // engine, the target's address is boxed, and a flow closes a socket or gives a buffer
         // back only after the request that uses it has completed (`Flow::in_flight`).
-        while unsafe { self.ring.submission().push(&entry) }.is_err() {
+        while unsafe { self.ring.submission().push_multiple(entries) }.is_err() {
             if self.ring.submit().is_err() {
                 // EBUSY: the kernel wants its completions read first; others pass by themselves.
                 self.inbox.extend(self.ring.completion());
@@ -173,11 +177,15 @@ impl Engine for Uring {
     }
 
     fn readable(&mut self, token: Token, socket: &OwnedFd) {
-        let events = (libc::POLLIN | libc::POLLPRI) as u32;
-        // One-shot, so it asks for the state as it is, not for a change: a fill that stopped
-        // early needs no probe. It cannot spin after a FIN (kernel-fact 11), because then the
-        // flow reads the end and never waits here again.
-        self.push(token, opcode::PollAdd::new(fd(socket), events).build());
+        // Two in a chain. The first waits, but what it reports are the events its wake-up names,
+        // and TCP's name urgent data also where there is none. The second asks for the state; it
+        // alone completes, unless the first fails: then that one does.
+        // One-shot, so a fill that stopped early needs no probe. They cannot spin after a FIN
+        // (kernel-fact 11), because then the flow reads the end and never waits here again.
+        let wait = opcode::PollAdd::new(fd(socket), libc::POLLIN as u32).build();
+        let state = opcode::PollAdd::new(fd(socket), (libc::POLLIN | libc::POLLPRI) as u32).build();
+        let wait = wait.flags(squeue::Flags::IO_LINK | squeue::Flags::SKIP_SUCCESS);
+        self.push_chain(&[wait, state].map(|entry| entry.user_data(token.encode())));
     }
 
     fn send(&mut self, token: Token, socket: &OwnedFd, buffer: &Buffer) {

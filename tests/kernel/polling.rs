@@ -1,9 +1,14 @@
 //! Waiting for readiness in a ring: one-shot to read, multishot to write.
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsRawFd;
 
+use io_uring::types::CancelBuilder;
+use io_uring::{opcode, squeue};
+use nix::errno::Errno;
 use nix::poll::PollFlags;
+use nix::sys::socket::{MsgFlags, send};
 
 use super::ring::{Done, Ring, poll_on, poll_once};
 use super::{
@@ -49,9 +54,51 @@ fn a_poll_that_waited_names_urgent_data_also_without_any() {
     far.write_all(b"abc").unwrap();
     assert!(
         reported(ring.next_of(1)).contains(PollFlags::POLLPRI),
-        "PRI can be believed after a wait: a flow need not ask SIOCATMARK each time"
+        "PRI can be believed after a wait: a second poll for the state is not needed"
     );
     assert!(!is_at_mark(&near) && !events(&near).contains(PollFlags::POLLPRI));
+}
+
+/// Starts a wait to read, and behind it the question what there is.
+fn start_chain(ring: &mut Ring, token: u64, socket: &TcpStream) {
+    let flags = squeue::Flags::IO_LINK | squeue::Flags::SKIP_SUCCESS;
+    ring.push(token, poll_once(socket, libc::POLLIN).flags(flags));
+    ring.start(token, poll_once(socket, IN));
+}
+
+#[test]
+fn a_poll_linked_behind_a_wait_tells_the_state_and_completes_alone() {
+    let (mut near, mut far) = connection();
+    let mut ring = Ring::new();
+    start_chain(&mut ring, 1, &near);
+    assert_eq!(ring.done(), []);
+    far.write_all(b"abc").unwrap();
+    let state = reported(ring.next_of(1));
+    assert_eq!(state, PollFlags::POLLIN, "a flow asks for a mark where there is none");
+    near.read_exact(&mut [0; 3]).unwrap();
+
+    start_chain(&mut ring, 2, &near);
+    send(far.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
+    let state = reported(ring.next_of(2));
+    assert!(state.contains(PollFlags::POLLPRI), "{state:?}: an urgent byte is not noticed");
+
+    start_chain(&mut ring, 3, &near);
+    let state = reported(ring.next_of(3));
+    assert!(state.contains(PollFlags::POLLPRI), "{state:?}: nor one that was there");
+    assert_eq!(ring.done(), [], "a wait completes beside its question: the flow counts two");
+}
+
+#[test]
+fn a_chain_of_polls_that_is_cancelled_completes_once() {
+    let (near, _far) = connection();
+    let mut ring = Ring::new();
+    start_chain(&mut ring, 1, &near);
+    assert_eq!(ring.done(), []);
+    let which = CancelBuilder::user_data(1).all();
+    ring.start(2, opcode::AsyncCancel2::new(which).build().flags(squeue::Flags::SKIP_SUCCESS));
+    let result = ring.next_of(1).result;
+    assert_eq!(result, Err(Errno::ECANCELED), "a flow that ends waits for ever");
+    assert_eq!(ring.done(), [], "the flow's slot is free at the first of two completions");
 }
 
 #[test]
