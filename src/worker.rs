@@ -6,7 +6,7 @@
 //! It must not know which engine it has, or what a flow's state is.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::errno::Errno;
 
@@ -16,16 +16,11 @@ use crate::flow::{Action, End, Event, Flow, Op, Side};
 use crate::log::Log;
 use crate::stats::Stats;
 
+mod accepting;
 mod slot;
 
+use accepting::ACCEPT_PAUSE;
 use slot::{Record, Slot, Tenant, describe, display};
-
-/// How long accepting pauses after the system ran out of something (kernel-fact 17).
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// Accepts a worker has in flight. Each waits in the listening socket's queue, so siblings take
-/// turns; more than one, so that a burst does not cost a turn for each connection.
-const ACCEPTS: u32 = 4;
 
 /// What a worker is to do with connections.
 #[derive(Clone, Debug)]
@@ -62,7 +57,7 @@ pub struct Worker<E: Engine> {
     /// Flows that gave way to others, in the order in which they go on.
     yielded: VecDeque<(u32, u32)>,
     /// Flows that wait for a buffer.
-    starved: Vec<(u32, u32)>,
+    starved: VecDeque<(u32, u32)>,
     /// A buffer was given back since starved flows were last told.
     has_spare_buffer: bool,
     listener: Option<E::Socket>,
@@ -90,7 +85,7 @@ impl<E: Engine> Worker<E> {
             free: Vec::new(),
             waiting: VecDeque::new(),
             yielded: VecDeque::new(),
-            starved: Vec::new(),
+            starved: VecDeque::new(),
             has_spare_buffer: false,
             listener: None,
             accepts_in_flight: 0,
@@ -100,12 +95,6 @@ impl<E: Engine> Worker<E> {
             stopping: false,
             last_end: None,
         }
-    }
-
-    /// Accepts connections from `listener` from the next turn on.
-    pub fn listen(&mut self, listener: E::Socket) {
-        self.listener = Some(listener);
-        self.accept_more();
     }
 
     /// Forwards `client`, an accepted connection.
@@ -179,6 +168,7 @@ impl<E: Engine> Worker<E> {
     /// One turn: submit, wait if there is nothing else to do, and serve what has completed.
     pub fn turn(&mut self) -> Result<Woken, Errno> {
         self.engine.wait(self.sleep())?;
+        self.stats.turns += 1;
         // Those that yield in this turn go on in the next: after the others' requests.
         let due = self.yielded.len();
         let mut woken = Woken::default();
@@ -201,17 +191,12 @@ impl<E: Engine> Worker<E> {
         if self.can_feed() {
             // All of them: whoever were chosen might not need it any more.
             self.has_spare_buffer = false;
-            for (index, generation) in std::mem::take(&mut self.starved) {
+            for _ in 0..self.starved.len() {
+                let Some((index, generation)) = self.starved.pop_front() else { break };
                 self.take_turn(index, generation);
             }
         }
-        if self.accept_pause.is_some_and(|until| until <= Instant::now()) {
-            self.accept_pause = None;
-            for client in std::mem::take(&mut self.waiting) {
-                self.add(client);
-            }
-            self.accept_more();
-        }
+        self.end_accept_pause();
         Ok(woken)
     }
 
@@ -248,64 +233,6 @@ impl<E: Engine> Worker<E> {
         }
     }
 
-    fn accept_more(&mut self) {
-        if self.accept_pause.is_some() {
-            return;
-        }
-        let Some(listener) = &self.listener else { return };
-        let wanted = if self.settings.single { 1 } else { ACCEPTS };
-        while self.accepts_in_flight < wanted {
-            self.engine.accept(Token::Accept, listener);
-            self.accepts_in_flight += 1;
-        }
-    }
-
-    fn stop_accepting(&mut self) {
-        self.accept_pause = None;
-        if let Some(listener) = self.listener.take() {
-            self.engine.cancel(Token::Accept);
-            self.engine.close(listener);
-        }
-    }
-
-    fn accepted(&mut self, result: Result<E::Socket, Errno>) {
-        self.accepts_in_flight -= 1;
-        match result {
-            // It came together with the order to stop: as if it had still been in the queue of
-            // the listening socket that is closed now.
-            Ok(client) if self.listener.is_none() => self.turn_away(client),
-            Ok(client) => {
-                self.accept_failure = None;
-                if self.settings.single {
-                    self.stop_accepting();
-                }
-                self.add(client);
-            }
-            Err(Errno::ECANCELED | Errno::ECONNABORTED | Errno::EINTR) => {}
-            Err(errno) => {
-                self.stats.count_error(&format!("accept {errno:?}"));
-                if self.accept_failure.replace(errno) != Some(errno) {
-                    self.log.line(&format!("cannot accept: {errno:?}: {}", errno.desc()));
-                }
-                self.accept_pause = Some(Instant::now() + ACCEPT_PAUSE);
-            }
-        }
-        self.accept_more();
-    }
-
-    fn turn_away(&mut self, client: E::Socket) {
-        self.engine.reset(&client);
-        self.engine.close(client);
-    }
-
-    /// No socket for the target can be had: the client learns it by a reset.
-    fn refuse(&mut self, client: E::Socket, errno: Errno) {
-        let name = display(self.engine.peer(&client));
-        self.turn_away(client);
-        self.stats.connections += 1;
-        self.ended(End::ConnectFailed(errno), [0, 0], &name, None);
-    }
-
     /// A flow's request has completed. A flow ends only when nothing is in flight, so a late
     /// completion can be the report of a watch alone, and carries nothing to give back.
     fn complete(&mut self, index: u32, generation: u32, op: Op, outcome: Outcome<E::Socket>) {
@@ -340,7 +267,7 @@ impl<E: Engine> Worker<E> {
                 Action::Release(half) => self.release(index, half),
                 Action::Shutdown(side) => self.engine.shutdown(&tenant.sockets[side.index()]),
                 Action::Yield => self.yielded.push_back((index, *generation)),
-                Action::Starve => self.starved.push((index, *generation)),
+                Action::Starve => self.starved.push_back((index, *generation)),
                 Action::Close { reset } => self.close(index, reset),
             }
         }
@@ -385,16 +312,16 @@ impl<E: Engine> Worker<E> {
         self.last_end = Some(end);
         self.stats.count_end(end, bytes);
         let target = &self.settings.target;
-        let how = describe(end);
         if let Some(started) = started {
             let [to_target, to_client] = bytes;
             let seconds = started.elapsed().as_secs_f64();
+            let how = describe(end);
             self.log.line(&format!(
                 "{client} -> {target}: {to_target} bytes to target, {to_client} bytes to client, \
                  {seconds:.3} s: {how}"
             ));
         } else if matches!(end, End::ConnectFailed(_)) {
-            self.log.line(&format!("{client} -> {target}: {how}"));
+            self.log.line(&format!("{client} -> {target}: {}", describe(end)));
         }
     }
 }

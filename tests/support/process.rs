@@ -70,6 +70,25 @@ impl Process {
         kib * 1024
     }
 
+    /// Its thread of this name, as a process of its own.
+    pub fn thread(&self, name: &str) -> Option<Self> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid)).ok()?;
+        tasks
+            .filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok())
+            .find(|id: &i32| {
+                let comm = fs::read_to_string(format!("/proc/{id}/comm"));
+                comm.is_ok_and(|comm| comm.trim() == name)
+            })
+            .and_then(Self::of)
+    }
+
+    /// Whether a debugger or strace is attached.
+    pub fn is_traced(&self) -> bool {
+        let text = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("TracerPid:"));
+        line.is_some_and(|line| line.trim() != "0")
+    }
+
     /// The names of its threads, kernel workers (`iou-wrk-N`) included.
     pub fn thread_names(&self) -> Vec<String> {
         let Ok(tasks) = fs::read_dir(format!("/proc/{}/task", self.pid)) else { return Vec::new() };

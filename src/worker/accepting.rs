@@ -1,0 +1,95 @@
+//! Accepting: how connections get to a worker, and what happens to those it cannot serve.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::Worker;
+use super::slot::display;
+use crate::engine::{Engine, Token};
+use crate::flow::End;
+
+/// How long accepting pauses after the system ran out of something (kernel-fact 17).
+pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Accepts a worker has in flight. Each waits in the listening socket's queue, so siblings take
+/// turns; more than one, so that a burst does not cost a turn for each connection.
+const ACCEPTS: u32 = 4;
+
+impl<E: Engine> Worker<E> {
+    /// Accepts connections from `listener` from the next turn on.
+    pub fn listen(&mut self, listener: E::Socket) {
+        self.listener = Some(listener);
+        self.accept_more();
+    }
+
+    /// Goes on accepting when the pause is over.
+    pub(super) fn end_accept_pause(&mut self) {
+        if self.accept_pause.is_none_or(|until| until > Instant::now()) {
+            return;
+        }
+        self.accept_pause = None;
+        for client in std::mem::take(&mut self.waiting) {
+            self.add(client);
+        }
+        self.accept_more();
+    }
+
+    fn accept_more(&mut self) {
+        if self.accept_pause.is_some() {
+            return;
+        }
+        let Some(listener) = &self.listener else { return };
+        let wanted = if self.settings.single { 1 } else { ACCEPTS };
+        while self.accepts_in_flight < wanted {
+            self.engine.accept(Token::Accept, listener);
+            self.accepts_in_flight += 1;
+        }
+    }
+
+    pub(super) fn stop_accepting(&mut self) {
+        self.accept_pause = None;
+        if let Some(listener) = self.listener.take() {
+            self.engine.cancel(Token::Accept);
+            self.engine.close(listener);
+        }
+    }
+
+    pub(super) fn accepted(&mut self, result: Result<E::Socket, Errno>) {
+        self.accepts_in_flight -= 1;
+        match result {
+            // It came together with the order to stop: as if it had still been in the queue of
+            // the listening socket that is closed now.
+            Ok(client) if self.listener.is_none() => self.turn_away(client),
+            Ok(client) => {
+                self.accept_failure = None;
+                if self.settings.single {
+                    self.stop_accepting();
+                }
+                self.add(client);
+            }
+            Err(Errno::ECANCELED | Errno::ECONNABORTED | Errno::EINTR) => {}
+            Err(errno) => {
+                self.stats.count_error(&format!("accept {errno:?}"));
+                if self.accept_failure.replace(errno) != Some(errno) {
+                    self.log.line(&format!("cannot accept: {errno:?}: {}", errno.desc()));
+                }
+                self.accept_pause = Some(Instant::now() + ACCEPT_PAUSE);
+            }
+        }
+        self.accept_more();
+    }
+
+    pub(super) fn turn_away(&mut self, client: E::Socket) {
+        self.engine.reset(&client);
+        self.engine.close(client);
+    }
+
+    /// No socket for the target can be had: the client learns it by a reset.
+    pub(super) fn refuse(&mut self, client: E::Socket, errno: Errno) {
+        let name = display(self.engine.peer(&client));
+        self.turn_away(client);
+        self.stats.connections += 1;
+        self.ended(End::ConnectFailed(errno), [0, 0], &name, None);
+    }
+}

@@ -1,0 +1,160 @@
+//! After a worker has warmed up it asks the allocator for nothing: not for a message, not for a
+//! connection, not for a gigabyte.
+//!
+//! The worker runs in a thread of this process, on real sockets; its thread's allocations count.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use nsplice::config::Transfer;
+use nsplice::engine::uring::Uring;
+use nsplice::log::Log;
+use nsplice::worker::{Settings, Worker};
+use support::streams::{accept, connect, exchange};
+
+/// Counts what each thread asks for.
+struct Counting;
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+thread_local! {
+    static ASKED: Cell<u64> = const { Cell::new(0) };
+}
+
+// SAFETY: every call is the system allocator's; the counter is plain data of the thread.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ASKED.set(ASKED.get() + 1);
+        // SAFETY: the caller keeps what `alloc` asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, start: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(start, layout) }
+    }
+
+    unsafe fn realloc(&self, start: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
+        ASKED.set(ASKED.get() + 1);
+        // SAFETY: as above.
+        unsafe { System.realloc(start, layout, bytes) }
+    }
+}
+
+/// A worker in a thread, seen from outside.
+struct Observed {
+    address: SocketAddr,
+    targets: TcpListener,
+    asked: Arc<AtomicU64>,
+    is_over: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Observed {
+    fn start(transfer: Transfer) -> Self {
+        let listen = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let (clients, targets) = (listen(), listen());
+        let (address, target) = (clients.local_addr().unwrap(), targets.local_addr().unwrap());
+        let asked = Arc::new(AtomicU64::new(0));
+        let is_over = Arc::new(AtomicBool::new(false));
+        let (count, over) = (Arc::clone(&asked), Arc::clone(&is_over));
+        let thread = std::thread::spawn(move || {
+            let engine = Uring::new(Some(target), 1 << 20).unwrap();
+            let settings =
+                Settings { transfer, grace_ms: 1000, target: target.to_string(), single: false };
+            let (log, _) = Log::start(false).unwrap();
+            let mut worker = Worker::new(engine, settings, log, None);
+            worker.listen(OwnedFd::from(clients));
+            while !over.load(Ordering::Acquire) {
+                worker.turn().unwrap();
+                count.store(ASKED.get(), Ordering::Release);
+            }
+            worker.stop();
+            while !worker.is_done() {
+                worker.turn().unwrap();
+            }
+        });
+        Self { address, targets, asked, is_over, thread }
+    }
+
+    fn connection(&self) -> (TcpStream, TcpStream) {
+        let client = connect(self.address);
+        (client, accept(&self.targets))
+    }
+
+    /// Does `work` twice; what the second time asks the allocator for.
+    fn asked_for(&self, work: impl Fn()) -> u64 {
+        work();
+        let before = self.asked.load(Ordering::Acquire);
+        work();
+        self.asked.load(Ordering::Acquire) - before
+    }
+
+    fn stop(self) {
+        self.is_over.store(true, Ordering::Release);
+        // Something to wake up for.
+        drop(TcpStream::connect(self.address));
+        self.thread.join().unwrap();
+    }
+}
+
+const CONNECTIONS: usize = 32;
+
+#[test]
+fn messages_and_bulk_ask_for_no_memory() {
+    for transfer in [Transfer::Auto, Transfer::Copy, Transfer::Splice] {
+        let observed = Observed::start(transfer);
+        let pairs: Vec<_> = (0..CONNECTIONS).map(|_| observed.connection()).collect();
+        for bytes in [1, 64, 4096, 100_000] {
+            let asked = observed.asked_for(|| {
+                let message = vec![7; bytes];
+                let mut got = vec![0; bytes];
+                for (client, server) in &pairs {
+                    let (mut client, mut server) = (client, server);
+                    client.write_all(&message).unwrap();
+                    server.read_exact(&mut got).unwrap();
+                    server.write_all(&message).unwrap();
+                    client.read_exact(&mut got).unwrap();
+                }
+            });
+            assert_eq!(asked, 0, "{transfer:?}, messages of {bytes} bytes");
+        }
+        let asked = observed.asked_for(|| {
+            let (client, server) = &pairs[0];
+            std::thread::scope(|scope| {
+                scope.spawn(|| exchange(server, 2, 1, 50_000_000));
+                exchange(client, 1, 2, 50_000_000);
+            });
+        });
+        assert_eq!(asked, 0, "{transfer:?}, bulk");
+        drop(pairs);
+        observed.stop();
+    }
+}
+
+#[test]
+fn connections_ask_for_no_memory() {
+    let observed = Observed::start(Transfer::Auto);
+    let asked = observed.asked_for(|| {
+        for _ in 0..500 {
+            let (mut client, mut server) = observed.connection();
+            client.write_all(b"ping").unwrap();
+            server.read_exact(&mut [0; 4]).unwrap();
+            drop(server);
+            assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        }
+    });
+    assert_eq!(asked, 0);
+    observed.stop();
+}

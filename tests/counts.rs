@@ -1,0 +1,168 @@
+//! What the kernel is asked to do for a message and for a gigabyte: counts, which the machine's
+//! noise does not change, unlike times.
+//!
+//! The load is `nsplice-load`, built with the program.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use support::{Forwarder, Launch, Netns, Process, eventually, find_program, namespaces, skip};
+
+const LOAD: &str = env!("CARGO_BIN_EXE_nsplice-load");
+
+/// Seconds of load: some ten thousand messages on a slow machine.
+const SECONDS: &str = "1";
+
+/// The server of a load, which ends with its standard input.
+struct Server {
+    child: Child,
+    address: std::net::SocketAddr,
+}
+
+impl Server {
+    fn start(netns: &Netns, mode: &str, size: &str) -> Self {
+        let mut child = netns
+            .command(LOAD)
+            .args(["server", "--listen", "127.0.0.1:0", "--mode", mode, "--size", size])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        let told: Value = serde_json::from_str(&line).unwrap();
+        Self { child, address: told["listening"].as_str().unwrap().parse().unwrap() }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn forwarder(launch: Launch, clients: &Netns, targets: &Netns, server: &Server) -> Forwarder {
+    launch
+        .listen_netns(clients)
+        .connect_netns(targets)
+        .listen(([127, 0, 0, 1], 0))
+        .connect(server.address)
+        .start()
+}
+
+/// The client of a load, already told where to connect.
+fn client(netns: &Netns, forwarder: &Forwarder, options: &[&str]) -> Command {
+    let mut command = netns.command(LOAD);
+    command.args(["client", "--connect", &forwarder.address().to_string()]);
+    command.args(options).args(["--warmup", "0", "--seconds", SECONDS]);
+    command
+}
+
+fn report(mut client: Command) -> Value {
+    let output = client.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["errors"], 0, "{report}");
+    report
+}
+
+const SHORT_MESSAGES: &[&str] = &["--work", "rr", "--size", "64", "--connections", "64"];
+
+#[test]
+fn many_busy_connections_share_each_entry_into_the_kernel() {
+    for transfer in ["auto", "copy"] {
+        namespaces!(clients, targets);
+        let server = Server::start(&targets, "rr", "64");
+        let launch = Launch::nsplice().option("--transfer", transfer).option("--workers", "1");
+        let forwarder = forwarder(launch, &clients, &targets, &server);
+        let report = report(client(&clients, &forwarder, SHORT_MESSAGES));
+        let exit = forwarder.stop();
+        exit.assert_clean();
+        let summary = exit.summary();
+        // A request and a response: each is received once and sent once, and not spliced.
+        let messages = 2 * report["total_operations"].as_u64().unwrap();
+        let turns = summary["turns"].as_u64().unwrap();
+        assert!(messages > 1000, "{report}");
+        assert!(turns * 4 < messages, "{turns} turns for {messages} messages");
+        assert_eq!(summary["splice_operations"], 0, "{summary}");
+    }
+}
+
+#[test]
+fn copying_asks_nothing_of_the_kernel_but_by_the_ring() {
+    let Some(strace) = find_program("strace") else {
+        skip!("no strace in PATH: scripts/install-test-peers installs it");
+    };
+    namespaces!(clients, targets);
+    let server = Server::start(&targets, "rr", "64");
+    let launch = Launch::nsplice().option("--transfer", "copy").option("--workers", "1");
+    let forwarder = forwarder(launch, &clients, &targets, &server);
+    let mut busy = client(&clients, &forwarder, SHORT_MESSAGES).stdout(Stdio::piped()).spawn();
+    let busy = busy.as_mut().unwrap();
+    let log = support::TempDir::new();
+    let counts = log.path().join("counts");
+    // The worker alone: the others wait for the end, and do nothing.
+    let worker = forwarder.connector().thread("worker-0").expect("there is a worker");
+    let mut tracer = Command::new(strace)
+        .args(["-c", "-U", "name,calls", "-p", &worker.pid.to_string(), "-o"])
+        .arg(&counts)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    eventually("strace has the worker", || worker.is_traced().then_some(()));
+    // Long enough for thousands of messages under trace; the connections are open by then.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    Process::of(tracer.id() as i32).unwrap().signal(Signal::SIGINT);
+    tracer.wait().unwrap();
+    let table = std::fs::read_to_string(&counts).unwrap();
+    let busy_still = busy.try_wait().unwrap().is_none();
+    busy.kill().unwrap();
+    busy.wait().unwrap();
+    drop(forwarder);
+    assert!(busy_still, "the load ended before it was counted");
+    let mut entered = 0;
+    for line in table.lines() {
+        let mut words = line.split_whitespace();
+        let (Some(name), Some(Ok(calls))) = (words.next(), words.next().map(str::parse::<u64>))
+        else {
+            continue;
+        };
+        match name {
+            "io_uring_enter" => entered = calls,
+            "total" => assert_eq!(calls, entered, "{table}"),
+            _ => {}
+        }
+    }
+    assert!(entered > 10, "{table}");
+}
+
+/// 50 kB a call, each byte being moved twice. A call takes what has arrived, at most a pipe of
+/// 1 MiB: 130 to 800 kB where this was written.
+const SPLICES_PER_GB_MAX: f64 = 40_000.0;
+
+#[test]
+fn a_gigabyte_takes_a_bounded_number_of_splices() {
+    for connections in ["1", "8"] {
+        namespaces!(clients, targets);
+        let server = Server::start(&targets, "discard", "64");
+        let forwarder = forwarder(Launch::nsplice(), &clients, &targets, &server);
+        let load = ["--work", "bulk", "--connections", connections];
+        report(client(&clients, &forwarder, &load));
+        let exit = forwarder.stop();
+        let summary = exit.summary();
+        let gigabytes = summary["bytes_to_target"].as_f64().unwrap() / 1e9;
+        let per_gb = summary["splice_operations"].as_f64().unwrap() / gigabytes;
+        assert!(gigabytes > 0.1, "{summary}");
+        assert!(per_gb < SPLICES_PER_GB_MAX, "{per_gb} a GB: {summary}");
+        // Splices are done at once; what waits in the ring is readiness.
+        let copied = summary["copy_operations"].as_u64().unwrap();
+        assert!(copied < 1000, "{summary}");
+    }
+}
