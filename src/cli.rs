@@ -23,7 +23,7 @@ use crate::config::{SummaryFormat, Transfer};
 use crate::error::{Error, Kind, Result};
 
 pub use help::{help, long_options, man, version};
-pub use values::{CpuList, PipeSize, Seconds, Workers};
+pub use values::{CpuList, Microseconds, PipeSize, Seconds, Workers};
 
 /// What a command line asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,6 +114,9 @@ pub struct Args {
     /// workers may move between CPUs
     #[argh(switch)]
     pub no_pin: bool,
+    /// time to look for work before sleeping
+    #[argh(option)]
+    pub busy_poll: Option<Microseconds>,
     /// log addresses and connections (`-v`)
     #[argh(switch)]
     pub verbose: bool,
@@ -148,6 +151,7 @@ impl Args {
             workers: self.workers.map(|Workers(workers)| workers),
             cpus: self.cpus.map(|CpuList(cpus)| cpus),
             pin: !self.no_pin,
+            busy_poll_us: self.busy_poll.map_or(0, |Microseconds(us)| us),
             pipe_size_bytes: self.pipe_size.unwrap_or(DEFAULT_PIPE_SIZE).0,
             reset_timeout_ms: self.reset_timeout.unwrap_or(DEFAULT_RESET_TIMEOUT).ms,
             verbose: self.verbose,

@@ -26,6 +26,8 @@ pub struct Config {
     pub pipe_size_bytes: u32,
     /// Time to deliver what a side sent before its reset is passed on, in milliseconds.
     pub reset_timeout_ms: u32,
+    /// How long a worker without work looks for some before it sleeps, in microseconds.
+    pub busy_poll_us: u32,
     /// Log the listening address and a line for each connection.
     pub verbose: bool,
     /// Inherited descriptor that is told the address once connections are accepted.

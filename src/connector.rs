@@ -85,6 +85,7 @@ pub fn run(part: Part) -> Result<u8> {
         cpu: config.pin.then_some(cpu),
         target,
         pipe_size_bytes: config.pipe_size_bytes,
+        busy_poll_us: config.busy_poll_us,
         settings: settings.clone(),
         log: log.clone(),
         connected: connected.take(),

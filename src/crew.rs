@@ -31,6 +31,8 @@ pub struct Seed {
     pub target: Option<SocketAddr>,
     /// Capacity wanted for pipes.
     pub pipe_size_bytes: u32,
+    /// How long to look for work before sleeping, in microseconds.
+    pub busy_poll_us: u32,
     /// What to do with connections.
     pub settings: Settings,
     /// Where to log.
@@ -256,7 +258,7 @@ impl Thread {
         if let Some(cpu) = seed.cpu {
             pin(cpu)?;
         }
-        let engine = Uring::new(seed.target, seed.pipe_size_bytes)?;
+        let engine = Uring::new(seed.target, seed.pipe_size_bytes, seed.busy_poll_us)?;
         let mut worker = Worker::new(engine, seed.settings, seed.log.clone(), seed.connected);
         worker.engine().readable(Token::Command, &woken);
         if let Some(channel) = &seed.handoff {

@@ -70,7 +70,7 @@ impl Observed {
         let is_over = Arc::new(AtomicBool::new(false));
         let (count, over) = (Arc::clone(&asked), Arc::clone(&is_over));
         let thread = std::thread::spawn(move || {
-            let engine = Uring::new(Some(target), 1 << 20).unwrap();
+            let engine = Uring::new(Some(target), 1 << 20, 0).unwrap();
             let settings =
                 Settings { transfer, grace_ms: 1000, target: target.to_string(), single: false };
             let (log, _) = Log::start(false).unwrap();

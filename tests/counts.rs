@@ -166,3 +166,25 @@ fn a_gigabyte_takes_a_bounded_number_of_splices() {
         assert!(copied < 1000, "{summary}");
     }
 }
+
+/// Times the only worker has gone to sleep.
+fn sleeps(forwarder: &Forwarder) -> u64 {
+    forwarder.connector().thread("worker-0").expect("there is a worker").voluntary_switches()
+}
+
+#[test]
+fn a_worker_that_polls_does_not_sleep_between_messages() {
+    for (busy_poll_us, is_asleep) in [("0", true), ("20000", false)] {
+        namespaces!(clients, targets);
+        let server = Server::start(&targets, "rr", "64");
+        let launch = Launch::nsplice().option("--busy-poll", busy_poll_us).option("--workers", "1");
+        let forwarder = forwarder(launch, &clients, &targets, &server);
+        let before = sleeps(&forwarder);
+        let load = ["--work", "rr", "--size", "64", "--connections", "1"];
+        let report = report(client(&clients, &forwarder, &load));
+        let slept = sleeps(&forwarder) - before;
+        forwarder.stop().assert_clean();
+        let messages = 2 * report["total_operations"].as_u64().unwrap();
+        assert_eq!(slept > messages / 4, is_asleep, "{slept} sleeps for {messages} messages");
+    }
+}

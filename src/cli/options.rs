@@ -7,7 +7,7 @@ use std::fmt::Display;
 use std::net::SocketAddr;
 use std::str::FromStr;
 
-use super::values::{CpuList, PipeSize, Seconds, Workers};
+use super::values::{CpuList, Microseconds, PipeSize, Seconds, Workers};
 use crate::config::{Handoff, NetnsSource, SummaryFormat, Transfer};
 
 /// Options that belong together, under one heading.
@@ -188,6 +188,14 @@ const FORWARDING: &[Opt] = &[
         help: "Let workers move between CPUs",
         default: None,
     },
+    Opt {
+        short: None,
+        long: "--busy-poll",
+        value: Some(MICROSECONDS),
+        help: "Time for which a worker with nothing to do keeps its CPU busy looking for work, \
+               before it sleeps",
+        default: Some("0"),
+    },
 ];
 
 const REPORTING: &[Opt] = &[
@@ -237,6 +245,11 @@ const SECONDS: Value = Value {
     name: "SECONDS",
     form: "a number of seconds up to 86400, such as 5 or 0.25",
     check: check::<Seconds>,
+};
+const MICROSECONDS: Value = Value {
+    name: "USEC",
+    form: "a number of microseconds up to 1000000",
+    check: check::<Microseconds>,
 };
 const WORKERS: Value =
     Value { name: "N", form: "a number from 1 to 1024", check: check::<Workers> };

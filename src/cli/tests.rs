@@ -139,6 +139,7 @@ fn two_addresses_are_enough() {
             workers: None,
             cpus: None,
             pin: true,
+            busy_poll_us: 0,
             pipe_size_bytes: 1_048_576,
             reset_timeout_ms: 5000,
             verbose: false,
@@ -152,7 +153,7 @@ fn two_addresses_are_enough() {
 fn every_option_reaches_the_configuration() {
     let typed = "-l 127.0.0.1:1 -c 127.0.0.1:2 -f blue -t pid:7 --handoff connections \
                  --transfer copy --workers 3 --cpus 2,0-1 --no-pin --pipe-size 64K \
-                 --reset-timeout 1.5 -v --ready-fd 9 --summary json";
+                 --busy-poll 50 --reset-timeout 1.5 -v --ready-fd 9 --summary json";
     let netns = |option, source| Some(Netns { option, source });
     assert_eq!(
         config(&typed.split_whitespace().collect::<Vec<_>>()),
@@ -172,6 +173,7 @@ fn every_option_reaches_the_configuration() {
             workers: Some(3),
             cpus: Some(vec![2, 0, 1]),
             pin: false,
+            busy_poll_us: 50,
             pipe_size_bytes: 65_536,
             reset_timeout_ms: 1500,
             verbose: true,

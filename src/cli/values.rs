@@ -17,6 +17,9 @@ const CPU_LIMIT: usize = 1024;
 /// From one page, the least a pipe holds, to 1 GiB, far above any `fs.pipe-max-size`.
 const PIPE_SIZE_BYTES: RangeInclusive<u64> = 4096..=1 << 30;
 
+/// A worker that does not sleep for a second when nothing happens would not ever.
+const MAX_MICROSECONDS: u32 = 1_000_000;
+
 /// A day: longer times are mistakes.
 const MAX_SECONDS: f64 = 86_400.0;
 
@@ -34,6 +37,10 @@ pub struct Seconds {
     /// In milliseconds.
     pub ms: u32,
 }
+
+/// A time in microseconds, up to a second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Microseconds(pub u32);
 
 /// Size of a pipe in bytes, 4096 to 1 GiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +114,15 @@ impl FromStr for Seconds {
             return Err("out of range".into());
         }
         Ok(Self { ms: (seconds * 1000.0).round() as u32 })
+    }
+}
+
+impl FromStr for Microseconds {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let us = number(text)?;
+        if us <= MAX_MICROSECONDS { Ok(Self(us)) } else { Err("out of range".into()) }
     }
 }
 
@@ -214,6 +230,16 @@ mod tests {
         assert_eq!(ms("86400"), Some(86_400_000));
         for text in ["", ".", "-1", "+1", "1e3", "inf", "NaN", "86400.1", "1s", "1.2.3"] {
             assert_eq!(ms(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn microseconds_are_whole_and_at_most_a_second() {
+        let us = |text: &str| text.parse().map(|Microseconds(us)| us).ok();
+        assert_eq!(us("0"), Some(0));
+        assert_eq!(us("1000000"), Some(1_000_000));
+        for text in ["1000001", "-1", "", "0.5", "50us"] {
+            assert_eq!(us(text), None, "{text:?}");
         }
     }
 

@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
@@ -49,14 +50,20 @@ pub struct Uring {
     /// Completions taken from the ring and not yet handed on.
     inbox: VecDeque<cqueue::Entry>,
     enter_flags: u32,
+    busy_poll: Duration,
     /// Lengths of pauses, in milliseconds, as the kernel reads them when it takes the request.
     pauses: BTreeMap<u32, Box<Timespec>>,
 }
 
 impl Uring {
     /// A ring for the calling thread, which must be the only one to use it. It connects to
-    /// `target`, if there is one, and splices through pipes of `pipe_size_bytes`.
-    pub fn new(target: Option<SocketAddr>, pipe_size_bytes: u32) -> Result<Self, Error> {
+    /// `target`, if there is one, and splices through pipes of `pipe_size_bytes`. When there is
+    /// nothing to do it looks for work for `busy_poll_us` microseconds before it sleeps.
+    pub fn new(
+        target: Option<SocketAddr>,
+        pipe_size_bytes: u32,
+        busy_poll_us: u32,
+    ) -> Result<Self, Error> {
         let ring = build_ring().map_err(|error| refused("set up a ring", &error))?;
         let mut buffers = Buffers::new()
             .map_err(|errno| Error::system(Kind::Kernel, "cannot map buffers", errno, ""))?;
@@ -69,6 +76,7 @@ impl Uring {
             target: target.map(|target| Box::new(SockaddrStorage::from(target))),
             inbox: VecDeque::with_capacity(CQ_ENTRIES as usize),
             pauses: BTreeMap::new(),
+            busy_poll: Duration::from_micros(busy_poll_us.into()),
             enter_flags: ENTER_GETEVENTS | if no_iowait { ENTER_NO_IOWAIT } else { 0 },
         })
     }
@@ -143,6 +151,44 @@ impl Uring {
             Ok(_) => Ok(buffer),
         };
         Outcome::Received { result, more }
+    }
+
+    /// Looks for completions until there is one, or some to be made, or the time is up. It calls
+    /// nothing: the kernel raises a flag in the ring when it has work for the thread to do.
+    fn spin(&mut self) {
+        let until = Instant::now() + self.busy_poll;
+        while self.ring.completion().is_empty()
+            && !self.ring.submission().taskrun()
+            && Instant::now() < until
+        {
+            std::hint::spin_loop();
+        }
+    }
+
+    /// One io_uring_enter(2): hands over what is collected, and takes what has completed.
+    fn enter(&mut self, sleep: Sleep) -> Result<(), Errno> {
+        let to_submit = self.ring.submission().len() as u32;
+        let submitter = self.ring.submitter();
+        let flags = self.enter_flags;
+        // SAFETY: the queue holds `to_submit` entries (see `push`), and the argument, where there
+        // is one, lives until the call returns.
+        let result = unsafe {
+            match sleep {
+                Sleep::No => submitter.enter::<libc::sigset_t>(to_submit, 0, flags, None),
+                Sleep::Forever => submitter.enter::<libc::sigset_t>(to_submit, 1, flags, None),
+                Sleep::ForMs(ms) => {
+                    let time = timespec(ms);
+                    let args = SubmitArgs::new().timespec(&time);
+                    submitter.enter(to_submit, 1, flags | ENTER_EXT_ARG, Some(&args))
+                }
+            }
+        };
+        self.inbox.extend(self.ring.completion());
+        match result.map_err(errno_of) {
+            // EAGAIN and EBUSY: not all was submitted; what was not is still in the queue.
+            Ok(_) | Err(Errno::EINTR | Errno::ETIME | Errno::EAGAIN | Errno::EBUSY) => Ok(()),
+            Err(errno) => Err(errno),
+        }
     }
 }
 
@@ -286,30 +332,14 @@ impl Engine for Uring {
 
     fn wait(&mut self, sleep: Sleep) -> Result<(), Errno> {
         self.inbox.extend(self.ring.completion());
-        let sleep = if self.inbox.is_empty() { sleep } else { Sleep::No };
-        let to_submit = self.ring.submission().len() as u32;
-        let submitter = self.ring.submitter();
-        let flags = self.enter_flags;
-        // SAFETY: the queue holds `to_submit` entries (see `push`), and the argument, where there
-        // is one, lives until the call returns.
-        let result = unsafe {
-            match sleep {
-                Sleep::No => submitter.enter::<libc::sigset_t>(to_submit, 0, flags, None),
-                Sleep::Forever => submitter.enter::<libc::sigset_t>(to_submit, 1, flags, None),
-                Sleep::ForMs(ms) => {
-                    let time =
-                        Timespec::new().sec(u64::from(ms / 1000)).nsec(ms % 1000 * 1_000_000);
-                    let args = SubmitArgs::new().timespec(&time);
-                    submitter.enter(to_submit, 1, flags | ENTER_EXT_ARG, Some(&args))
-                }
+        let spins = sleep != Sleep::No && !self.busy_poll.is_zero();
+        if spins && self.inbox.is_empty() {
+            self.enter(Sleep::No)?;
+            if self.inbox.is_empty() {
+                self.spin();
             }
-        };
-        self.inbox.extend(self.ring.completion());
-        match result.map_err(errno_of) {
-            // EAGAIN and EBUSY: not all was submitted; what was not is still in the queue.
-            Ok(_) | Err(Errno::EINTR | Errno::ETIME | Errno::EAGAIN | Errno::EBUSY) => Ok(()),
-            Err(errno) => Err(errno),
         }
+        self.enter(if self.inbox.is_empty() { sleep } else { Sleep::No })
     }
 
     fn completion(&mut self) -> Option<Completion<OwnedFd>> {
@@ -337,6 +367,8 @@ fn build_ring() -> std::io::Result<IoUring> {
         .setup_single_issuer()
         // ... and runs its deferred work when the thread asks for it, not by interrupting it.
         .setup_defer_taskrun()
+        // It can see in the ring that there is some (`Uring::spin`).
+        .setup_taskrun_flag()
         // A failed entry does not hold up those behind it.
         .setup_submit_all()
         .setup_cqsize(CQ_ENTRIES)

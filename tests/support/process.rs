@@ -63,11 +63,19 @@ impl Process {
 
     /// Resident memory in bytes.
     pub fn rss_bytes(&self) -> u64 {
+        self.status("VmRSS:") * 1024
+    }
+
+    /// How often it has gone to sleep by itself.
+    pub fn voluntary_switches(&self) -> u64 {
+        self.status("voluntary_ctxt_switches:")
+    }
+
+    /// A number in /proc/PID/status; 0 if it is not there.
+    fn status(&self, name: &str) -> u64 {
         let text = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
-        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kib: u64 =
-            line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0);
-        kib * 1024
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
     }
 
     /// Its thread of this name, as a process of its own.
@@ -84,9 +92,7 @@ impl Process {
 
     /// Whether a debugger or strace is attached.
     pub fn is_traced(&self) -> bool {
-        let text = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
-        let line = text.lines().find_map(|line| line.strip_prefix("TracerPid:"));
-        line.is_some_and(|line| line.trim() != "0")
+        self.status("TracerPid:") > 0
     }
 
     /// The names of its threads, kernel workers (`iou-wrk-N`) included.

@@ -38,6 +38,7 @@ fn value(placeholder: &str) -> BoxedStrategy<String> {
         "NETNS" => netns().boxed(),
         "N" => (1..=1024_u32).prop_map(|number| number.to_string()).boxed(),
         "LIST" => "[0-9]{1,3}(,[0-4]-[5-9][0-9]?){0,3}".boxed(),
+        "USEC" => (0..=1_000_000_u32).prop_map(|us| us.to_string()).boxed(),
         "SECONDS" => "[0-9]{1,4}([.][0-9]{1,3})?".boxed(),
         "BYTES" => "([4-9]|[1-9][0-9]{1,2})[KM]".boxed(),
         words => select(words.split('|').map(String::from).collect::<Vec<_>>()).boxed(),
