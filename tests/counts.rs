@@ -106,6 +106,12 @@ fn copying_asks_nothing_of_the_kernel_but_by_the_ring() {
     let forwarder = forwarder(launch, &clients, &targets, &server);
     let mut busy = client(&clients, &forwarder, SHORT_MESSAGES).stdout(Stdio::piped()).spawn();
     let busy = busy.as_mut().unwrap();
+    // A socket for the target is made by a call of its own: all of them are there by then.
+    eventually("all connections are open", || {
+        let sockets = forwarder.connector().fds();
+        let open = sockets.iter().filter(|fd| fd.starts_with("socket:")).count();
+        (open >= 2 * 64).then_some(())
+    });
     let log = support::TempDir::new();
     let counts = log.path().join("counts");
     // The worker alone: the others wait for the end, and do nothing.
@@ -117,7 +123,7 @@ fn copying_asks_nothing_of_the_kernel_but_by_the_ring() {
         .spawn()
         .unwrap();
     eventually("strace has the worker", || worker.is_traced().then_some(()));
-    // Long enough for thousands of messages under trace; the connections are open by then.
+    // Long enough for thousands of messages under trace.
     std::thread::sleep(std::time::Duration::from_millis(300));
     Process::of(tracer.id() as i32).unwrap().signal(Signal::SIGINT);
     tracer.wait().unwrap();
