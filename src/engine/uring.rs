@@ -21,6 +21,7 @@ use nix::sys::socket::{
     getpeername, setsockopt, shutdown, socket, sockopt,
 };
 
+use self::setup::{CQ_ENTRIES, build_ring, errno_of, refused};
 use super::buffers::{Buffers, GROUP};
 use super::{Buffer, Completion, Engine, Outcome, Sleep, Token};
 use crate::error::{Error, Kind};
@@ -28,11 +29,7 @@ use crate::flow::Op;
 use crate::flow::half::BUFFER_BYTES;
 use crate::pipe::{Pipe, PipePool};
 
-/// Requests that can be collected before they must be handed to the kernel.
-const SQ_ENTRIES: u32 = 1024;
-
-/// Completions that can wait to be read. Past it the kernel keeps them itself (NODROP).
-const CQ_ENTRIES: u32 = 8192;
+mod setup;
 
 /// From the kernel's `io_uring.h`; the crate keeps them to itself.
 const ENTER_GETEVENTS: u32 = 1 << 0;
@@ -361,45 +358,9 @@ fn fd(socket: &OwnedFd) -> Fd {
     Fd(socket.as_raw_fd())
 }
 
-fn build_ring() -> std::io::Result<IoUring> {
-    IoUring::builder()
-        // One thread submits and reaps, so the kernel takes no lock for others' sake ...
-        .setup_single_issuer()
-        // ... and runs its deferred work when the thread asks for it, not by interrupting it.
-        .setup_defer_taskrun()
-        // It can see in the ring that there is some (`Uring::spin`).
-        .setup_taskrun_flag()
-        // A failed entry does not hold up those behind it.
-        .setup_submit_all()
-        .setup_cqsize(CQ_ENTRIES)
-        .build(SQ_ENTRIES)
-}
-
-fn refused(what: &str, error: &std::io::Error) -> Error {
-    let cause = match errno_of_ref(error) {
-        Errno::ENOSYS => "this kernel has no io_uring, or a seccomp filter hides it",
-        Errno::EPERM => {
-            "sysctl kernel.io_uring_disabled or a seccomp filter forbids it to this process"
-        }
-        Errno::EINVAL => "this kernel is older than 6.1",
-        Errno::ENOMEM => "not enough memory, or RLIMIT_MEMLOCK is too low for so many --workers",
-        Errno::EMFILE => "RLIMIT_NOFILE is too low",
-        _ => "",
-    };
-    Error::system(Kind::Kernel, format!("io_uring: cannot {what}"), errno_of_ref(error), cause)
-}
-
 /// The kernel reports a failure as a negative errno.
 fn decode_result(result: i32) -> Result<u32, Errno> {
     u32::try_from(result).map_err(|_| Errno::from_raw(-result))
-}
-
-fn errno_of(error: std::io::Error) -> Errno {
-    errno_of_ref(&error)
-}
-
-fn errno_of_ref(error: &std::io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
 #[cfg(test)]
