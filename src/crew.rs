@@ -17,6 +17,7 @@ use crate::error::{Error, Kind, Result};
 use crate::flow::End;
 use crate::handoff::Channel;
 use crate::log::Log;
+use crate::pace::Pace;
 use crate::stats::Stats;
 use crate::sys::SharedCounters;
 use crate::worker::{Settings, Worker};
@@ -250,6 +251,7 @@ struct Thread {
     ended: SharedCounters,
     /// Connections counted in `ended` so far.
     ended_count: u64,
+    pace: Pace,
     log: Log,
 }
 
@@ -272,6 +274,7 @@ impl Thread {
             handoff: seed.handoff,
             ended: seed.ended,
             ended_count: 0,
+            pace: Pace::default(),
             log: seed.log,
         })
     }
@@ -288,6 +291,7 @@ impl Thread {
                 self.take_over();
             }
             self.publish();
+            self.pace.turned(self.worker.stats());
         }
         Ok(())
     }

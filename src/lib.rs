@@ -14,6 +14,7 @@ pub mod inherited;
 pub mod listener;
 pub mod log;
 pub mod netns;
+pub mod pace;
 pub mod pipe;
 pub mod process;
 pub mod stats;

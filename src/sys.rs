@@ -139,3 +139,12 @@ impl SharedCounters {
         self.counters[index].load(Ordering::Relaxed)
     }
 }
+
+/// Whether the calling thread, when it is woken, may interrupt one that runs: SCHED_OTHER, or else
+/// SCHED_BATCH. Errors as sched_setscheduler(2).
+pub(crate) fn set_interrupting(interrupts: bool) -> Result<(), Errno> {
+    let policy = if interrupts { libc::SCHED_OTHER } else { libc::SCHED_BATCH };
+    let priority = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the argument lives until the call returns, which only reads it.
+    Errno::result(unsafe { libc::sched_setscheduler(0, policy, &raw const priority) }).map(drop)
+}

@@ -90,6 +90,11 @@ impl Process {
             .and_then(Self::of)
     }
 
+    /// How it is scheduled: SCHED_OTHER, SCHED_BATCH, ...
+    pub fn scheduling_policy(&self) -> i32 {
+        stat(self.pid).and_then(|stat| stat.get(38)?.parse().ok()).unwrap_or(-1)
+    }
+
     /// Whether a debugger or strace is attached.
     pub fn is_traced(&self) -> bool {
         self.status("TracerPid:") > 0
