@@ -7,11 +7,5 @@ use std::process::ExitCode;
 mod contenders;
 
 fn main() -> ExitCode {
-    match contenders::run(argh::from_env()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("Error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    contenders::main()
 }

@@ -92,6 +92,39 @@ fn no_tracked_file_names_a_place_on_one_machine() {
     assert_none(&violations);
 }
 
+/// Crates the program is built from, macros included, itself not: 22 where this was written.
+const CRATES_MAX: usize = 24;
+
+#[test]
+fn the_program_is_built_from_few_crates_each_for_a_reason() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let crates = |depth: &str| {
+        let tree = ["tree", "--offline", "--locked", "-e", "normal", "--prefix", "none"];
+        let mut command = Command::new(env::var_os("CARGO").expect("cargo runs the tests"));
+        let output = command.args(tree).args(["--depth", depth]).current_dir(root).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{output:?}");
+        // NAME VERSION and, of one that was named before, (*). The first is the program itself.
+        let text = String::from_utf8(output.stdout).unwrap();
+        let mut crates: Vec<String> = text.lines().skip(1).map(|l| l.replace(" (*)", "")).collect();
+        crates.sort();
+        crates.dedup();
+        crates
+    };
+    let all = crates("100");
+    assert!((1..=CRATES_MAX).contains(&all.len()), "{} crates: {all:?}", all.len());
+    let is_tool = |name: &String| name.starts_with("tokio") || name.starts_with("criterion");
+    assert!(!all.iter().any(is_tool), "what benchmarks need: {all:?}");
+    let architecture = fs::read_to_string(root.join("ARCHITECTURE.md")).unwrap();
+    for direct in crates("1") {
+        let name = direct.split_whitespace().next().unwrap();
+        let row = architecture
+            .lines()
+            .find(|line| line.starts_with("| `") && line.contains(&format!("`{name}`")));
+        assert!(row.is_some(), "ARCHITECTURE.md gives no reason for {name}");
+    }
+}
+
 #[test]
 fn every_rule_finds_what_it_is_for() {
     let text = [

@@ -11,12 +11,18 @@
 
 use std::fmt::Write;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::process::ExitCode;
 use std::str::FromStr;
 
 use argh::FromArgs;
+use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, connect, listen, setsockopt,
+    socket, sockopt,
+};
 use nsplice::config::{Netns, NetnsSource};
 use nsplice::inherited::Inherited;
 use nsplice::netns::{self, OpenNetns};
@@ -68,7 +74,7 @@ impl FromStr for Kind {
 /// Forward TCP connections as a baseline for measurements of nsplice. The first line of output is
 /// the address it listens at.
 #[derive(FromArgs)]
-pub struct Options {
+struct Options {
     /// how bytes are moved: tokio-8k, tokio-64k, tokio-uring, uring-splice or epoll-splice
     #[argh(option)]
     kind: Kind,
@@ -87,7 +93,13 @@ pub struct Options {
 }
 
 /// Does what the command line asks for, until it fails or is killed.
-pub fn run(options: Options) -> io::Result<()> {
+pub fn main() -> ExitCode {
+    let Err(error) = run(argh::from_env()) else { return ExitCode::SUCCESS };
+    eprintln!("Error: {error}");
+    ExitCode::FAILURE
+}
+
+fn run(options: Options) -> io::Result<()> {
     let Options { kind, listen, listen_netns_file, connect, connect_netns_file } = options;
     let open = |option, name: Option<String>| name.map(|name| open(option, &name)).transpose();
     let listen_netns = open("-f", listen_netns_file)?;
@@ -126,4 +138,16 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     setsockopt(&listener, sockopt::TcpNoDelay, &true)?;
     listen(&listener, Backlog::MAXCONN)?;
     Ok(listener)
+}
+
+/// A socket that does not wait, and will be connected to the target or fail.
+pub fn begin_connect(target: SocketAddr) -> io::Result<TcpStream> {
+    let family = if target.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let socket = socket(family, SockType::Stream, flags, None)?;
+    setsockopt(&socket, sockopt::TcpNoDelay, &true)?;
+    match connect(socket.as_raw_fd(), &SockaddrStorage::from(target)) {
+        Ok(()) | Err(Errno::EINPROGRESS) => Ok(socket.into()),
+        Err(errno) => Err(errno.into()),
+    }
 }

@@ -1,149 +1,236 @@
-//! The client and the server of a relay: one thread and one epoll each, whatever the number of
+//! The clients and the servers of a relay: one thread and one epoll each, whatever the number of
 //! connections, and no allocation per message.
 
 use std::io::{self, ErrorKind};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 
 use crate::PATIENCE;
+use crate::contenders::begin_connect;
 
 /// Bytes of one read or write at most: few calls, and it stays in a core's second-level cache.
 const BUFFER_BYTES: usize = 256 << 10;
 
-/// One side of all connections, client or server, on one thread.
-pub struct Peers {
-    open: Vec<Option<Peer>>,
+/// Events taken from the kernel at a time.
+const EVENTS: usize = 64;
+
+/// The token of the servers' listener.
+const LISTENER: u64 = u64::MAX;
+
+/// What client and server do on a connection, again and again.
+#[derive(Clone, Copy, Debug)]
+pub struct Exchange {
+    pub request_bytes: usize,
+    pub response_bytes: usize,
+    /// The server has the kernel drop requests unread: that leaves a relay more of the machine it
+    /// shares with its peers.
+    pub drops: bool,
+    /// Each exchange has a connection of its own, which the client closes first.
+    pub reconnects: bool,
+}
+
+/// The clients, which decide how much is done.
+pub struct Clients {
+    address: SocketAddr,
+    reconnects: bool,
+    ends: Ends,
+    /// Exchanges still to do on each connection.
+    left: Vec<u64>,
+}
+
+impl Clients {
+    /// As many clients as `connections`. They connect when there is something to do.
+    pub fn new(address: SocketAddr, connections: usize, exchange: Exchange) -> io::Result<Self> {
+        let Exchange { request_bytes, response_bytes, reconnects, .. } = exchange;
+        let mut ends = Ends::new(request_bytes, response_bytes, MsgFlags::empty())?;
+        ends.open.resize_with(connections, || None);
+        Ok(Self { address, reconnects, ends, left: vec![0; connections] })
+    }
+
+    pub fn connections(&self) -> usize {
+        self.left.len()
+    }
+
+    /// Does `count` exchanges on every connection.
+    pub fn run(&mut self, count: u64) -> io::Result<()> {
+        self.left.fill(count);
+        for index in 0..self.left.len() {
+            self.ask(index)?;
+        }
+        let mut events = [EpollEvent::empty(); EVENTS];
+        let timeout = EpollTimeout::try_from(PATIENCE).expect("seconds fit");
+        while self.left.iter().any(|&left| left > 0) {
+            let count = self.ends.wait(&mut events, timeout)?;
+            if count == 0 {
+                return Err(io::Error::new(ErrorKind::TimedOut, "nothing moves"));
+            }
+            for event in &events[..count] {
+                self.advance(event.data() as usize)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, index: usize) -> io::Result<()> {
+        match self.ends.advance(index)? {
+            Step::Part => return Ok(()),
+            Step::Ended => return Err(ErrorKind::UnexpectedEof.into()),
+            Step::Received => self.left[index] -= 1,
+        }
+        if self.reconnects {
+            self.ends.open[index] = None;
+        }
+        if self.left[index] > 0 { self.ask(index) } else { Ok(()) }
+    }
+
+    fn ask(&mut self, index: usize) -> io::Result<()> {
+        if self.ends.open[index].is_none() {
+            self.ends.add(index, begin_connect(self.address)?)?;
+        }
+        self.ends.send(index)
+    }
+}
+
+/// Answers clients in a thread of its own, until the listener fails or the program ends.
+pub fn serve(listener: TcpListener, exchange: Exchange) -> io::Result<()> {
+    let Exchange { request_bytes, response_bytes, drops, .. } = exchange;
+    let receive = if drops { MsgFlags::MSG_TRUNC } else { MsgFlags::empty() };
+    let mut ends = Ends::new(response_bytes, request_bytes, receive)?;
+    let mut free = Vec::new();
+    // Accepted sockets inherit it.
+    setsockopt(&listener, sockopt::TcpNoDelay, &true)?;
+    listener.set_nonblocking(true)?;
+    ends.epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
+    let mut events = [EpollEvent::empty(); EVENTS];
+    loop {
+        let count = ends.wait(&mut events, EpollTimeout::NONE)?;
+        for event in &events[..count] {
+            if event.data() == LISTENER {
+                accept(&listener, &mut ends, &mut free)?;
+                continue;
+            }
+            let index = event.data() as usize;
+            match ends.advance(index)? {
+                Step::Part => {}
+                Step::Received => ends.send(index)?,
+                Step::Ended => {
+                    ends.open[index] = None;
+                    free.push(index);
+                }
+            }
+        }
+    }
+}
+
+fn accept(listener: &TcpListener, ends: &mut Ends, free: &mut Vec<usize>) -> io::Result<()> {
+    loop {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        stream.set_nonblocking(true)?;
+        let index = free.pop().unwrap_or_else(|| {
+            ends.open.push(None);
+            ends.open.len() - 1
+        });
+        ends.add(index, stream)?;
+    }
+}
+
+/// One side's ends of all connections.
+struct Ends {
+    open: Vec<Option<End>>,
     epoll: Epoll,
+    sends_bytes: usize,
+    receives_bytes: usize,
     receive: MsgFlags,
     buffer: Vec<u8>,
 }
 
 /// One end of a connection. It sends and receives in turn.
-struct Peer {
+struct End {
     stream: TcpStream,
-    sends_bytes: usize,
-    receives_bytes: usize,
     sending: bool,
     /// Bytes to move until the turn changes.
     left_bytes: usize,
-    /// Receptions until nothing more is to be done.
-    exchanges: u64,
     /// Whether epoll tells when the socket can take bytes.
     watches_out: bool,
 }
 
-impl Peers {
-    pub fn new(receive: MsgFlags) -> io::Result<Self> {
+/// What an event has brought.
+enum Step {
+    /// Nothing to be told of.
+    Part,
+    /// All that was to be received.
+    Received,
+    /// The end of the stream.
+    Ended,
+}
+
+impl Ends {
+    fn new(sends_bytes: usize, receives_bytes: usize, receive: MsgFlags) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        Ok(Self { open: Vec::new(), epoll, receive, buffer: vec![b'n'; BUFFER_BYTES] })
+        let buffer = vec![b'n'; BUFFER_BYTES];
+        Ok(Self { open: Vec::new(), epoll, sends_bytes, receives_bytes, receive, buffer })
+    }
+
+    fn wait(&self, events: &mut [EpollEvent], timeout: EpollTimeout) -> io::Result<usize> {
+        loop {
+            match self.epoll.wait(events, timeout) {
+                Err(Errno::EINTR) => {}
+                count => return Ok(count?),
+            }
+        }
     }
 
     /// Adds a connection, which first waits for something to receive.
-    pub fn add(&mut self, stream: TcpStream, sends: usize, receives: usize) -> io::Result<()> {
-        stream.set_nodelay(true)?;
-        stream.set_nonblocking(true)?;
-        let token = self.open.len() as u64;
-        self.epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, token))?;
-        self.open.push(Some(Peer {
-            stream,
-            sends_bytes: sends,
-            receives_bytes: receives,
-            sending: false,
-            left_bytes: receives,
-            exchanges: u64::MAX,
-            watches_out: false,
-        }));
+    fn add(&mut self, index: usize, stream: TcpStream) -> io::Result<()> {
+        self.epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, index as u64))?;
+        let left_bytes = self.receives_bytes;
+        self.open[index] = Some(End { stream, sending: false, left_bytes, watches_out: false });
         Ok(())
     }
 
-    /// As a client: `count` exchanges on every connection.
-    pub fn ask(&mut self, count: u64) -> io::Result<()> {
-        for token in 0..self.open.len() {
-            if let Some(peer) = &mut self.open[token] {
-                (peer.exchanges, peer.sending, peer.left_bytes) = (count, true, peer.sends_bytes);
-            }
-            self.step(token)?;
+    /// Begins to send, after which it will receive.
+    fn send(&mut self, index: usize) -> io::Result<()> {
+        if let Some(end) = &mut self.open[index] {
+            (end.sending, end.left_bytes) = (true, self.sends_bytes);
         }
-        let timeout = EpollTimeout::try_from(PATIENCE).expect("seconds fit");
-        while self.open.iter().flatten().any(|peer| peer.exchanges > 0) {
-            if !self.turn(timeout)? {
-                return Err(io::Error::new(ErrorKind::TimedOut, "nothing moves"));
-            }
-        }
-        match self.open.iter().all(Option::is_some) {
-            true => Ok(()),
-            false => Err(ErrorKind::UnexpectedEof.into()),
-        }
+        self.advance(index).map(drop)
     }
 
-    /// As a server: answers until all connections have ended.
-    pub fn serve(mut self) -> io::Result<()> {
-        while self.open.iter().any(Option::is_some) {
-            self.turn(EpollTimeout::NONE)?;
-        }
-        Ok(())
-    }
-
-    /// Does what there is to do on every ready connection; false if there was none in time.
-    fn turn(&mut self, timeout: EpollTimeout) -> io::Result<bool> {
-        let mut events = [EpollEvent::empty(); 64];
-        let count = match self.epoll.wait(&mut events, timeout) {
-            Err(Errno::EINTR) => return Ok(true),
-            count => count?,
+    /// One receive or one send, so that all connections get their turn.
+    fn advance(&mut self, index: usize) -> io::Result<Step> {
+        let Some(end) = &mut self.open[index] else { return Ok(Step::Part) };
+        let fd = end.stream.as_raw_fd();
+        let chunk = &mut self.buffer[..end.left_bytes.min(BUFFER_BYTES)];
+        let moved = match end.sending {
+            true => send(fd, chunk, MsgFlags::MSG_NOSIGNAL),
+            false => recv(fd, chunk, self.receive),
         };
-        for event in &events[..count] {
-            self.step(event.data() as usize)?;
-        }
-        Ok(count > 0)
-    }
-
-    /// One receive, one send at most, so that all connections get their turn.
-    fn step(&mut self, token: usize) -> io::Result<()> {
-        let Some(peer) = &mut self.open[token] else { return Ok(()) };
-        match peer.advance(self.receive, &mut self.buffer) {
-            Ok(true) | Err(Errno::EAGAIN) => {}
-            Ok(false) | Err(Errno::ECONNRESET) => {
-                self.open[token] = None;
-                return Ok(());
-            }
+        match moved {
+            Ok(0) | Err(Errno::ECONNRESET) => return Ok(Step::Ended),
+            Ok(count) => end.left_bytes -= count,
+            Err(Errno::EAGAIN) => {}
             Err(errno) => return Err(errno.into()),
         }
-        if peer.watches_out != peer.sending {
-            peer.watches_out = peer.sending;
+        if end.left_bytes == 0 && !end.sending {
+            return Ok(Step::Received);
+        }
+        if end.left_bytes == 0 {
+            (end.sending, end.left_bytes) = (false, self.receives_bytes);
+        }
+        if end.watches_out != end.sending {
+            end.watches_out = end.sending;
             let mut flags = EpollFlags::EPOLLIN;
-            flags.set(EpollFlags::EPOLLOUT, peer.sending);
-            self.epoll.modify(&peer.stream, &mut EpollEvent::new(flags, token as u64))?;
+            flags.set(EpollFlags::EPOLLOUT, end.sending);
+            self.epoll.modify(&end.stream, &mut EpollEvent::new(flags, index as u64))?;
         }
-        Ok(())
-    }
-}
-
-impl Peer {
-    /// False at the end of the stream.
-    fn advance(&mut self, receive: MsgFlags, buffer: &mut [u8]) -> Result<bool, Errno> {
-        let fd = self.stream.as_raw_fd();
-        if !self.sending {
-            let count = recv(fd, &mut buffer[..self.left_bytes.min(BUFFER_BYTES)], receive)?;
-            self.left_bytes -= count;
-            if self.left_bytes > 0 || count == 0 {
-                return Ok(count > 0);
-            }
-            self.exchanges -= 1;
-            (self.sending, self.left_bytes) = (self.exchanges > 0, self.sends_bytes);
-            if !self.sending {
-                self.left_bytes = self.receives_bytes;
-                return Ok(true);
-            }
-        }
-        let chunk = &buffer[..self.left_bytes.min(BUFFER_BYTES)];
-        self.left_bytes -= send(fd, chunk, MsgFlags::MSG_NOSIGNAL)?;
-        if self.left_bytes == 0 {
-            (self.sending, self.left_bytes) = (false, self.receives_bytes);
-        }
-        Ok(true)
+        Ok(Step::Part)
     }
 }

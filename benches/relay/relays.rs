@@ -1,8 +1,8 @@
-//! The relays: what starts each, and the one on tokio itself.
+//! The relays' processes: what starts each, and what ends it.
 
 use std::env;
 use std::io::{self, BufRead, BufReader, Read};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
@@ -16,48 +16,27 @@ use nix::unistd::Pid;
 
 use crate::PATIENCE;
 
-/// Makes this program a tokio relay instead of the benchmark: buffer size and target.
-const TOKIO_RELAY: &str = "NSPLICE_BENCH_TOKIO_RELAY";
+/// Makes this program a baseline relay instead of the benchmark.
+const AS_RELAY: &str = "NSPLICE_BENCH_AS_RELAY";
 
+/// nsplice with one worker, as the baselines have one thread.
 pub fn nsplice(transfer: &str, target: SocketAddr) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nsplice"));
-    command.args(["-l", "127.0.0.1:0", "-c", &target.to_string(), "--transfer", transfer]);
-    command.args(["--ready-fd", "1"]);
+    command.args(["-l", "127.0.0.1:0", "-c", &target.to_string(), "--ready-fd", "1"]);
+    command.args(["--transfer", transfer, "--workers", "1"]);
     command
 }
 
-pub fn tokio(buffer_bytes: usize, target: SocketAddr) -> Command {
+pub fn baseline(kind: &str, target: SocketAddr) -> Command {
     let mut command = Command::new(env::current_exe().expect("this program has a file"));
-    command.env(TOKIO_RELAY, format!("{buffer_bytes} {target}"));
+    command.env(AS_RELAY, "");
+    command.args(["--kind", kind, "-l", "127.0.0.1:0", "-c", &target.to_string()]);
     command
 }
 
-/// What [`tokio`] asks of this process, if anything.
-pub fn tokio_order() -> Option<String> {
-    env::var(TOKIO_RELAY).ok()
-}
-
-/// What netns_tcp_bridge does with the connections it accepts: a task for each, on one thread.
-pub fn run_tokio(order: &str) -> io::Result<()> {
-    use tokio::net::{TcpListener, TcpStream};
-
-    let (size, target) = order.split_once(' ').expect("as written by `tokio`");
-    let size: usize = size.parse().expect("a number of bytes");
-    let target: SocketAddr = target.parse().expect("an address");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-    runtime.block_on(async move {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-        println!("{}", listener.local_addr()?);
-        loop {
-            let (mut client, _) = listener.accept().await?;
-            tokio::spawn(async move {
-                client.set_nodelay(true)?;
-                let mut target = TcpStream::connect(target).await?;
-                target.set_nodelay(true)?;
-                tokio::io::copy_bidirectional_with_sizes(&mut client, &mut target, size, size).await
-            });
-        }
-    })
+/// Whether [`baseline`] started this process.
+pub fn is_baseline() -> bool {
+    env::var_os(AS_RELAY).is_some()
 }
 
 /// A relay's process.
@@ -110,8 +89,8 @@ fn stop(child: &mut Child) {
     }
 }
 
-/// Whether there is something to read, or to accept, in time.
-pub fn readable(file: &impl AsFd) -> io::Result<bool> {
+/// Whether there is something to read in time.
+fn readable(file: &impl AsFd) -> io::Result<bool> {
     let mut files = [PollFd::new(file.as_fd(), PollFlags::POLLIN)];
     Ok(poll(&mut files, PollTimeout::try_from(PATIENCE).expect("seconds fit"))? > 0)
 }

@@ -7,15 +7,12 @@
 
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 use nix::fcntl::{SpliceFFlags, splice};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt,
-};
 
+use super::begin_connect;
 use super::pipes::{Pipe, Pipes};
 
 /// Events taken from the kernel at a time.
@@ -204,25 +201,13 @@ impl Flow {
             return (side == 1).then_some(EpollFlags::EPOLLOUT);
         }
         let (out_of, into) = (&self.halves[side], &self.halves[1 - side]);
-        if out_of.at_end && into.shut {
-            // Hung up, which epoll would report for ever.
-            return None;
-        }
         let mut flags = EpollFlags::empty();
         flags.set(EpollFlags::EPOLLIN, out_of.pipe.is_none() && !out_of.at_end);
         flags.set(EpollFlags::EPOLLOUT, into.pipe.is_some());
+        if flags.is_empty() && into.shut {
+            // It may be hung up, which epoll would report again and again.
+            return None;
+        }
         Some(flags)
-    }
-}
-
-/// A socket that will be connected to the target, or fail.
-fn begin_connect(target: SocketAddr) -> io::Result<TcpStream> {
-    let family = if target.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-    let socket = socket(family, SockType::Stream, flags, None)?;
-    setsockopt(&socket, sockopt::TcpNoDelay, &true)?;
-    match connect(socket.as_raw_fd(), &SockaddrStorage::from(target)) {
-        Ok(()) | Err(Errno::EINPROGRESS) => Ok(socket.into()),
-        Err(errno) => Err(errno.into()),
     }
 }
