@@ -7,12 +7,16 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use support::{Forwarder, Launch, Netns, Process, eventually, find_program, namespaces, skip};
+use support::{
+    Forwarder, Launch, Netns, Process, TempDir, eventually, find_program, namespaces, skip,
+};
 
 const LOAD: &str = env!("CARGO_BIN_EXE_nsplice-load");
 
@@ -73,6 +77,40 @@ fn report(mut client: Command) -> Value {
     report
 }
 
+/// Counts the system calls of the only worker. Nothing else of the program does anything while
+/// connections are forwarded.
+struct Trace {
+    strace: Child,
+    directory: TempDir,
+}
+
+impl Trace {
+    fn start(strace: PathBuf, forwarder: &Forwarder) -> Self {
+        let directory = TempDir::new();
+        let worker = forwarder.connector().thread("worker-0").expect("there is a worker");
+        let strace = Command::new(strace)
+            .args(["-c", "-U", "name,calls", "-p", &worker.pid.to_string(), "-o"])
+            .arg(directory.path().join("counts"))
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        eventually("strace has the worker", || worker.is_traced().then_some(()));
+        Self { strace, directory }
+    }
+
+    /// Calls by name.
+    fn finish(mut self) -> BTreeMap<String, u64> {
+        Process::of(self.strace.id() as i32).unwrap().signal(Signal::SIGINT);
+        self.strace.wait().unwrap();
+        let table = std::fs::read_to_string(self.directory.path().join("counts")).unwrap();
+        let row = |line: &str| {
+            let mut words = line.split_whitespace();
+            Some((words.next()?.to_owned(), words.next()?.parse().ok()?))
+        };
+        table.lines().filter_map(row).filter(|(name, _)| name != "total").collect()
+    }
+}
+
 const SHORT_MESSAGES: &[&str] = &["--work", "rr", "--size", "64", "--connections", "64"];
 
 #[test]
@@ -83,6 +121,7 @@ fn many_busy_connections_share_each_entry_into_the_kernel() {
         let launch = Launch::nsplice().option("--transfer", transfer).option("--workers", "1");
         let forwarder = forwarder(launch, &clients, &targets, &server);
         let report = report(client(&clients, &forwarder, SHORT_MESSAGES));
+        forwarder.assert_no_kernel_workers();
         let exit = forwarder.stop();
         exit.assert_clean();
         let summary = exit.summary();
@@ -112,43 +151,43 @@ fn copying_asks_nothing_of_the_kernel_but_by_the_ring() {
         let open = sockets.iter().filter(|fd| fd.starts_with("socket:")).count();
         (open >= 2 * 64).then_some(())
     });
-    let log = support::TempDir::new();
-    let counts = log.path().join("counts");
-    // The worker alone: the others wait for the end, and do nothing.
-    let worker = forwarder.connector().thread("worker-0").expect("there is a worker");
-    let mut tracer = Command::new(strace)
-        .args(["-c", "-U", "name,calls", "-p", &worker.pid.to_string(), "-o"])
-        .arg(&counts)
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    eventually("strace has the worker", || worker.is_traced().then_some(()));
+    let trace = Trace::start(strace, &forwarder);
     // Long enough for thousands of messages under trace.
     std::thread::sleep(std::time::Duration::from_millis(300));
-    Process::of(tracer.id() as i32).unwrap().signal(Signal::SIGINT);
-    tracer.wait().unwrap();
-    let table = std::fs::read_to_string(&counts).unwrap();
+    let calls = trace.finish();
     let busy_still = busy.try_wait().unwrap().is_none();
     busy.kill().unwrap();
     busy.wait().unwrap();
     drop(forwarder);
     assert!(busy_still, "the load ended before it was counted");
-    let (mut entered, mut paced) = (0, 0);
-    for line in table.lines() {
-        let mut words = line.split_whitespace();
-        let (Some(name), Some(Ok(calls))) = (words.next(), words.next().map(str::parse::<u64>))
-        else {
-            continue;
-        };
-        match name {
-            "io_uring_enter" => entered = calls,
-            "sched_setscheduler" => paced = calls,
-            "total" => assert_eq!(calls, entered + paced, "{table}"),
-            _ => {}
-        }
-    }
-    assert!(entered > 10, "{table}");
-    assert!(paced * 64 < entered, "{table}");
+    let count = |name: &str| calls.get(name).copied().unwrap_or(0);
+    let (entered, paced) = (count("io_uring_enter"), count("sched_setscheduler"));
+    assert!(entered > 10, "{calls:?}");
+    assert_eq!(calls.values().sum::<u64>(), entered + paced, "{calls:?}");
+    assert!(paced * 64 < entered, "{calls:?}");
+}
+
+#[test]
+fn a_turn_is_one_entry_into_the_kernel() {
+    let Some(strace) = find_program("strace") else {
+        skip!("no strace in PATH: scripts/install-test-peers installs it");
+    };
+    namespaces!(clients, targets);
+    let server = Server::start(&targets, "rr", "64");
+    let launch = Launch::nsplice().option("--workers", "1");
+    let forwarder = forwarder(launch, &clients, &targets, &server);
+    let trace = Trace::start(strace, &forwarder);
+    let report = report(client(&clients, &forwarder, SHORT_MESSAGES));
+    let calls = trace.finish();
+    let exit = forwarder.stop();
+    let summary = exit.summary();
+    let messages = 2 * report["total_operations"].as_u64().unwrap();
+    let (entered, turns) = (calls["io_uring_enter"], summary["turns"].as_u64().unwrap());
+    assert!(messages > 1000, "{report}");
+    assert!(
+        entered <= turns && entered * 4 < messages,
+        "{calls:?}, {messages} messages: {summary}"
+    );
 }
 
 /// 50 kB a call, each byte being moved twice. A call takes what has arrived, at most a pipe of
@@ -163,6 +202,7 @@ fn a_gigabyte_takes_a_bounded_number_of_splices() {
         let forwarder = forwarder(Launch::nsplice(), &clients, &targets, &server);
         let load = ["--work", "bulk", "--connections", connections];
         report(client(&clients, &forwarder, &load));
+        forwarder.assert_no_kernel_workers();
         let exit = forwarder.stop();
         let summary = exit.summary();
         let gigabytes = summary["bytes_to_target"].as_f64().unwrap() / 1e9;

@@ -147,11 +147,7 @@ fn forward(
         scope.spawn(|| serve(&listener, exchanges.len()));
         clients.enter(|| run_clients(forwarder.address(), exchanges, at_a_time));
     });
-    // A kernel worker thread that was needed stays for seconds, so it would still be here.
-    let threads: Vec<_> =
-        forwarder.processes().iter().flat_map(|process| process.thread_names()).collect();
-    assert!(threads.len() >= 2, "{threads:?}");
-    assert!(!threads.iter().any(|name| name.starts_with("iou-wrk")), "{threads:?}");
+    forwarder.assert_no_kernel_workers();
     forwarder.stop()
 }
 

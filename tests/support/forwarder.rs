@@ -307,6 +307,15 @@ impl Forwarder {
         self.connector.expect("the forwarder has a second process")
     }
 
+    /// No io-wq thread was needed for anything: one that was stays for seconds.
+    #[track_caller]
+    pub fn assert_no_kernel_workers(&self) {
+        let names = |process: &Process| process.thread_names();
+        let threads: Vec<_> = self.processes().iter().flat_map(names).collect();
+        assert!(threads.len() >= 2, "{threads:?}");
+        assert!(!threads.iter().any(|name| name.starts_with("iou-wrk")), "{threads:?}");
+    }
+
     /// What it has written to standard error so far.
     pub fn stderr(&self) -> String {
         self.stderr.text()
