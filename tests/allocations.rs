@@ -1,5 +1,5 @@
 //! After a worker has warmed up it asks the allocator for nothing: not for a message, not for a
-//! connection, not for a gigabyte.
+//! connection, not for a gigabyte. And what an idle connection keeps is small.
 //!
 //! The worker runs in a thread of this process, on real sockets; its thread's allocations count.
 
@@ -13,7 +13,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use nsplice::config::Transfer;
@@ -22,7 +22,7 @@ use nsplice::log::Log;
 use nsplice::worker::{Settings, Worker};
 use support::streams::{accept, connect, exchange};
 
-/// Counts what each thread asks for.
+/// Counts what each thread asks for, and how much of it there is.
 struct Counting;
 
 #[global_allocator]
@@ -30,23 +30,32 @@ static ALLOCATOR: Counting = Counting;
 
 thread_local! {
     static ASKED: Cell<u64> = const { Cell::new(0) };
+    /// Bytes asked for and not given back; what another thread gives back counts there.
+    static HELD_BYTES: Cell<i64> = const { Cell::new(0) };
 }
 
-// SAFETY: every call is the system allocator's; the counter is plain data of the thread.
+fn held(more: usize, less: usize) {
+    HELD_BYTES.set(HELD_BYTES.get() + more as i64 - less as i64);
+}
+
+// SAFETY: every call is the system allocator's; the counters are plain data of the thread.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ASKED.set(ASKED.get() + 1);
+        held(layout.size(), 0);
         // SAFETY: the caller keeps what `alloc` asks for.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, start: *mut u8, layout: Layout) {
+        held(0, layout.size());
         // SAFETY: as above.
         unsafe { System.dealloc(start, layout) }
     }
 
     unsafe fn realloc(&self, start: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
         ASKED.set(ASKED.get() + 1);
+        held(bytes, layout.size());
         // SAFETY: as above.
         unsafe { System.realloc(start, layout, bytes) }
     }
@@ -57,6 +66,7 @@ struct Observed {
     address: SocketAddr,
     targets: TcpListener,
     asked: Arc<AtomicU64>,
+    held_bytes: Arc<AtomicI64>,
     is_over: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
@@ -67,8 +77,10 @@ impl Observed {
         let (clients, targets) = (listen(), listen());
         let (address, target) = (clients.local_addr().unwrap(), targets.local_addr().unwrap());
         let asked = Arc::new(AtomicU64::new(0));
+        let held_bytes = Arc::new(AtomicI64::new(0));
         let is_over = Arc::new(AtomicBool::new(false));
         let (count, over) = (Arc::clone(&asked), Arc::clone(&is_over));
+        let held = Arc::clone(&held_bytes);
         let thread = std::thread::spawn(move || {
             let engine = Uring::new(Some(target), 1 << 20, 0).unwrap();
             let settings =
@@ -79,13 +91,14 @@ impl Observed {
             while !over.load(Ordering::Acquire) {
                 worker.turn().unwrap();
                 count.store(ASKED.get(), Ordering::Release);
+                held.store(HELD_BYTES.get(), Ordering::Release);
             }
             worker.stop();
             while !worker.is_done() {
                 worker.turn().unwrap();
             }
         });
-        Self { address, targets, asked, is_over, thread }
+        Self { address, targets, asked, held_bytes, is_over, thread }
     }
 
     fn connection(&self) -> (TcpStream, TcpStream) {
@@ -157,4 +170,34 @@ fn connections_ask_for_no_memory() {
     });
     assert_eq!(asked, 0);
     observed.stop();
+}
+
+/// What an idle connection may keep of the worker's memory, whatever it has done before.
+const IDLE_BYTES_MAX: i64 = 512;
+
+#[test]
+fn an_idle_connection_keeps_little_memory() {
+    // With the first, one more than a table has room for that doubles: the most it has for each.
+    const MORE_CONNECTIONS: usize = 512;
+    for transfer in [Transfer::Auto, Transfer::Copy, Transfer::Splice] {
+        let observed = Observed::start(transfer);
+        let message = vec![7; 20_000];
+        let connection = || {
+            let (client, server) = observed.connection();
+            for (mut from, mut to) in [(&client, &server), (&server, &client)] {
+                from.write_all(&message).unwrap();
+                to.read_exact(&mut vec![0; message.len()]).unwrap();
+            }
+            (client, server)
+        };
+        let first = connection();
+        let before = observed.held_bytes.load(Ordering::Acquire);
+        let more: Vec<_> = (0..MORE_CONNECTIONS).map(|_| connection()).collect();
+        let held_bytes = observed.held_bytes.load(Ordering::Acquire) - before;
+        let for_each = held_bytes / MORE_CONNECTIONS as i64;
+        // Something must be kept: the count would be wrong otherwise.
+        assert!((64..IDLE_BYTES_MAX).contains(&for_each), "{transfer:?}: {for_each} bytes");
+        drop((first, more));
+        observed.stop();
+    }
 }

@@ -8,12 +8,14 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use support::streams::{accept, connect};
 use support::{
     Forwarder, Launch, Netns, Process, TempDir, eventually, find_program, namespaces, skip,
 };
@@ -232,6 +234,43 @@ fn a_worker_with_many_messages_a_turn_does_not_interrupt_others() {
     });
     busy.kill().unwrap();
     busy.wait().unwrap();
+}
+
+#[test]
+fn an_idle_connection_takes_two_descriptors() {
+    const CONNECTIONS: usize = 50;
+    for handoff in ["socket", "connections"] {
+        namespaces!(clients, targets);
+        let target = targets.listen("127.0.0.1:0");
+        let forwarder = Launch::nsplice()
+            .option("--handoff", handoff)
+            .listen_netns(&clients)
+            .connect_netns(&targets)
+            .listen(([127, 0, 0, 1], 0))
+            .connect(target.local_addr().unwrap())
+            .start();
+        let count = || forwarder.processes().iter().map(|process| process.fds().len()).sum();
+        let before: usize = count();
+        let pair = || {
+            let client = clients.enter(|| connect(forwarder.address()));
+            let server = accept(&target);
+            exchange(&client, &server);
+            (client, server)
+        };
+        let connections: Vec<_> = (0..CONNECTIONS).map(|_| pair()).collect();
+        // The listener closes its copy of a connection it handed over some time after that.
+        eventually("two descriptors for each connection", || {
+            (count() == before + 2 * CONNECTIONS).then_some(())
+        });
+        drop(connections);
+    }
+}
+
+fn exchange(mut client: &TcpStream, mut server: &TcpStream) {
+    client.write_all(b"ping").unwrap();
+    server.read_exact(&mut [0; 4]).unwrap();
+    server.write_all(b"pong").unwrap();
+    client.read_exact(&mut [0; 4]).unwrap();
 }
 
 /// Times the only worker has gone to sleep.
