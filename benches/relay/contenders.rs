@@ -15,13 +15,15 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use argh::FromArgs;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, connect, listen, setsockopt,
-    socket, sockopt,
+    AddressFamily, Backlog, Shutdown, SockFlag, SockType, SockaddrStorage, connect, listen,
+    setsockopt, shutdown, socket, sockopt,
 };
 use nsplice::config::{Netns, NetnsSource};
 use nsplice::inherited::Inherited;
@@ -92,7 +94,7 @@ struct Options {
     connect_netns_file: Option<String>,
 }
 
-/// Does what the command line asks for, until it fails or is killed.
+/// Does what the command line asks for, until it fails or is told to end.
 pub fn main() -> ExitCode {
     let Err(error) = run(argh::from_env()) else { return ExitCode::SUCCESS };
     eprintln!("Error: {error}");
@@ -109,6 +111,7 @@ fn run(options: Options) -> io::Result<()> {
     }
     enter(listen_netns)?;
     let listener = bind(listen)?;
+    end_by_signal(listener.try_clone()?)?;
     // A socket stays where it was made. The relay's own thread goes on to the other namespace;
     // this one stays, so that /proc shows the process where it listens.
     let relay = std::thread::spawn(move || {
@@ -116,7 +119,27 @@ fn run(options: Options) -> io::Result<()> {
         println!("{}", listener.local_addr()?);
         (kind.relay)(listener, connect)
     });
-    relay.join().unwrap_or_else(|_| Err(io::Error::other("the relay panicked")))
+    let outcome = relay.join().unwrap_or_else(|_| Err(io::Error::other("the relay panicked")));
+    if STOPPED.load(Ordering::Acquire) { Ok(()) } else { outcome }
+}
+
+/// Told to end: what fails from then on is no failure.
+static STOPPED: AtomicBool = AtomicBool::new(false);
+
+/// Lets SIGTERM and SIGINT end the program, and the port be free at once. A ring's requests hold
+/// the listener for a while after the process is gone (kernel-fact 16), but what is shut down no
+/// longer listens.
+fn end_by_signal(listener: TcpListener) -> io::Result<()> {
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    // In this thread, and in all it starts from now on.
+    signals.thread_block()?;
+    std::thread::spawn(move || {
+        let _ = signals.wait();
+        STOPPED.store(true, Ordering::Release);
+        let _ = shutdown(listener.as_raw_fd(), Shutdown::Both);
+        std::process::exit(0);
+    });
+    Ok(())
 }
 
 fn open(option: &'static str, name: &str) -> io::Result<OpenNetns> {
