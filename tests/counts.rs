@@ -249,8 +249,12 @@ fn an_idle_connection_takes_two_descriptors() {
             .listen(([127, 0, 0, 1], 0))
             .connect(target.local_addr().unwrap())
             .start();
-        let count = || forwarder.processes().iter().map(|process| process.fds().len()).sum();
-        let before: usize = count();
+        let fds = || {
+            let fds = forwarder.processes().iter().flat_map(Process::fds).collect::<Vec<_>>();
+            let sockets = fds.iter().filter(|fd| fd.starts_with("socket:")).count();
+            (sockets, fds.len() - sockets)
+        };
+        let (sockets, others) = fds();
         let pair = || {
             let client = clients.enter(|| connect(forwarder.address()));
             let server = accept(&target);
@@ -258,9 +262,11 @@ fn an_idle_connection_takes_two_descriptors() {
             (client, server)
         };
         let connections: Vec<_> = (0..CONNECTIONS).map(|_| pair()).collect();
-        // The listener closes its copy of a connection it handed over some time after that.
-        eventually("two descriptors for each connection", || {
-            (count() == before + 2 * CONNECTIONS).then_some(())
+        // The listener closes its copy of a connection some time after it has handed that over,
+        // and what it tells its address by after it has told it.
+        eventually("two sockets for each connection, and no more of anything else", || {
+            let (now, others_now) = fds();
+            (now == sockets + 2 * CONNECTIONS && others_now <= others).then_some(())
         });
         drop(connections);
     }
