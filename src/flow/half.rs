@@ -9,8 +9,9 @@ use nix::errno::Errno;
 use crate::config::Transfer;
 use crate::flow::{Op, Question, Side};
 
-/// Size of a buffer in bytes: the largest read in copy, and where copy and splice cross.
-pub const BUFFER_BYTES: u32 = 16 << 10;
+/// Size of a buffer in bytes: the largest read in copy. Copy and splice cross between 4 and 16 KiB a
+/// read, by the machine (ARCHITECTURE.md).
+pub const BUFFER_BYTES: u32 = 8 << 10;
 
 /// Bytes between two waits below which a burst counts as small.
 const SMALL_BURST_BYTES: u64 = BUFFER_BYTES as u64;

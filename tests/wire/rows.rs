@@ -254,7 +254,7 @@ fn urgent_bytes(table: &mut Table) {
     table.both("{a} sends an urgent byte alone", urgent::alone);
     table.both("{a} sends an urgent byte first", urgent::at_start);
     table.both("{a} sends 100 bytes as urgent, so the last one is", urgent::last_of_several);
-    table.both("{a} sends 16 KiB to 1 MiB, the last byte urgent", urgent::last_of_many);
+    table.both("{a} sends 8 KiB to 1 MiB, the last byte urgent", urgent::last_of_many);
     table.both("{a} sends an urgent byte in the middle of 6 MiB", urgent::in_bulk);
     table
         .both("{a} sends an urgent byte after each 3 MiB, when all is read", urgent::between_bulks);
@@ -285,9 +285,9 @@ fn urgent_bytes(table: &mut Table) {
 
 fn amounts(table: &mut Table) {
     table.group("Amounts");
-    table.both("{a} sends 16383 bytes, {b} answers, three times", streams::messages::<16383>);
-    table.both("{a} sends 16384 bytes, {b} answers, three times", streams::messages::<16384>);
-    table.both("{a} sends 16385 bytes, {b} answers, three times", streams::messages::<16385>);
+    table.both("{a} sends 8191 bytes, {b} answers, three times", streams::messages::<8191>);
+    table.both("{a} sends 8192 bytes, {b} answers, three times", streams::messages::<8192>);
+    table.both("{a} sends 8193 bytes, {b} answers, three times", streams::messages::<8193>);
     table.both("{a} sends 1 MiB - 1, {b} answers, three times", streams::messages::<1_048_575>);
     table.both("{a} sends 1 MiB, {b} answers, three times", streams::messages::<1_048_576>);
     table.both("{a} sends 1 MiB + 1, {b} answers, three times", streams::messages::<1_048_577>);
