@@ -9,8 +9,8 @@ use nix::errno::Errno;
 use crate::config::Transfer;
 use crate::flow::{Op, Question, Side};
 
-/// Size of a buffer in bytes: the largest read in copy. Copy and splice cross between 4 and 16 KiB a
-/// read, by the machine (ARCHITECTURE.md).
+/// Size of a buffer in bytes: the largest read in copy. Copy and splice cross between 4 and 16 KiB
+/// a read, by the machine (ARCHITECTURE.md).
 pub const BUFFER_BYTES: u32 = 8 << 10;
 
 /// Bytes between two waits below which a burst counts as small.
