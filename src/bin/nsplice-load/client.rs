@@ -6,22 +6,44 @@ use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent};
+use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, sockopt};
 use serde_json::{Value, json};
 
 use crate::conn::{Conn, Progress, interest};
 use crate::histogram::Histogram;
-use crate::{BUFFER_BYTES, Client, EVENTS, Work, enter, wait};
+use crate::{BUFFER_BYTES, Client, EVENTS, Work, prepare, wait};
 
 /// A client that has seen this many failed connections gives up.
 const ERRORS_MAX: u64 = 1000;
+/// Connections that are opened at a time before the load begins: few enough for the shortest
+/// backlog in use (netns_tcp_bridge has 16), past which a connection waits for a second.
+const OPENING_MAX: usize = 16;
+/// Longest time to open all of them.
+const OPENING_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Loads the server for the time asked for and prints the report.
+pub(crate) fn run(options: &Client) -> io::Result<()> {
+    let mut run = Run::new(options)?;
+    println!("{}", run.measure()?);
+    if options.progress {
+        // Whoever takes measurements at this line sees connections, not their end.
+        io::stdout().flush()?;
+        io::copy(&mut io::stdin(), &mut io::sink())?;
+    }
+    Ok(())
+}
 
 /// A client's run.
-pub(crate) struct Run<'a> {
+struct Run<'a> {
     options: &'a Client,
     epoll: Epoll,
     conns: Vec<Option<Conn>>,
     buffer: Vec<u8>,
+    /// Whether connections still rest after their first operation, until all are open.
+    opening: bool,
+    /// Connections at rest.
+    resting: usize,
     /// Bytes sent (bulk) or operations done, from the start.
     done: u64,
     errors: u64,
@@ -29,81 +51,138 @@ pub(crate) struct Run<'a> {
     latencies: Histogram,
 }
 
+/// What was done in the measured time.
+struct Measured {
+    /// Bytes sent (bulk) or operations.
+    done: u64,
+    seconds: f64,
+    cpu_seconds: f64,
+    opening_seconds: f64,
+}
+
 impl<'a> Run<'a> {
-    pub(crate) fn new(options: &'a Client) -> io::Result<Self> {
-        enter(options.netns.as_deref())?;
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let mut run = Self {
+    fn new(options: &'a Client) -> io::Result<Self> {
+        prepare(options.netns.as_deref(), options.cpu)?;
+        Ok(Self {
             options,
-            epoll,
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             conns: (0..options.connections).map(|_| None).collect(),
             buffer: vec![b'n'; BUFFER_BYTES],
+            opening: true,
+            resting: 0,
             done: 0,
             errors: 0,
             last_error: None,
             latencies: Histogram::new(),
-        };
-        for index in 0..options.connections {
-            run.open(index)?;
-        }
-        Ok(run)
+        })
     }
 
-    /// Loads the server for the time asked for and reports.
-    pub(crate) fn finish(mut self) -> io::Result<Value> {
-        let start = Instant::now();
-        let measure = start + Duration::from_secs_f64(self.options.warmup);
-        let end = measure + Duration::from_secs_f64(self.options.seconds);
-        let (mut before, mut measured_from) = (None, measure);
+    /// Opens the connections, loads the server for the time asked for and reports.
+    fn measure(&mut self) -> io::Result<Value> {
+        let began = Instant::now();
+        self.open_all(began + OPENING_TIMEOUT)?;
+        let opening_seconds = began.elapsed().as_secs_f64();
+        if self.options.work != Work::Idle {
+            self.opening = false;
+            for index in 0..self.conns.len() {
+                self.begin(index)?;
+            }
+            self.run_until(Instant::now() + Duration::from_secs_f64(self.options.warmup))?;
+        }
+        if self.options.progress {
+            println!("{}", json!({ "measuring": true, "opening_seconds": opening_seconds }));
+            io::stdout().flush()?;
+        }
+        self.latencies = Histogram::new();
+        let (before, cpu_before, start) = (self.done, cpu_seconds()?, Instant::now());
+        self.run_until(start + Duration::from_secs_f64(self.options.seconds))?;
+        let measured = Measured {
+            done: self.done - before,
+            seconds: start.elapsed().as_secs_f64(),
+            cpu_seconds: cpu_seconds()? - cpu_before,
+            opening_seconds,
+        };
+        Ok(self.report(&measured))
+    }
+
+    /// Opens all connections, a few at a time, until each has been answered.
+    fn open_all(&mut self, deadline: Instant) -> io::Result<()> {
+        let mut opened = 0;
+        // A connection of `crr` never rests: the next one is what the work measures.
+        let closes = self.options.work == Work::Crr;
+        while self.resting < self.conns.len() && !(closes && opened == self.conns.len()) {
+            while opened < self.conns.len() && (closes || opened < self.resting + OPENING_MAX) {
+                self.open(opened)?;
+                opened += 1;
+            }
+            if Instant::now() >= deadline {
+                let (answered, all, seconds) =
+                    (self.resting, self.conns.len(), OPENING_TIMEOUT.as_secs());
+                let what = format!("{answered} of {all} connections answered within {seconds} s");
+                return Err(io::Error::new(ErrorKind::TimedOut, what));
+            }
+            self.handle_events()?;
+        }
+        Ok(())
+    }
+
+    /// Begins the load of a connection that rests.
+    fn begin(&mut self, index: usize) -> io::Result<()> {
+        let Some(mut conn) = self.conns[index].take_if(|conn| conn.rests) else { return Ok(()) };
+        conn.rests = false;
+        self.resting -= 1;
+        conn.began = Instant::now();
+        self.ask(&mut conn);
+        let bulk = self.options.work == Work::Bulk;
+        let blocked = bulk || matches!(conn.send(&self.buffer)?, Progress::Blocked);
+        conn.watch(&self.epoll, index as u64, !bulk, blocked)?;
+        self.conns[index] = Some(conn);
+        Ok(())
+    }
+
+    fn run_until(&mut self, end: Instant) -> io::Result<()> {
+        while Instant::now() < end {
+            self.handle_events()?;
+        }
+        Ok(())
+    }
+
+    fn handle_events(&mut self) -> io::Result<()> {
         let mut events = [EpollEvent::empty(); EVENTS];
-        let now = loop {
-            let now = Instant::now();
-            if now >= end {
-                break now;
-            }
-            if before.is_none() && now >= measure {
-                before = Some(self.done);
-                measured_from = now;
-                self.latencies = Histogram::new();
-            }
-            let count = wait(&self.epoll, &mut events)?;
-            for event in &events[..count] {
-                self.handle(event.data() as usize)?;
-            }
-        };
-        let seconds = now.duration_since(measured_from).as_secs_f64();
-        let measured = self.done - before.unwrap_or(0);
-        Ok(self.report(measured, seconds))
+        let count = wait(&self.epoll, &mut events)?;
+        for event in &events[..count] {
+            self.handle(event.data() as usize)?;
+        }
+        Ok(())
     }
 
-    fn report(&self, measured: u64, seconds: f64) -> Value {
-        let rate = measured as f64 / seconds;
-        let last_error = self.last_error.as_ref().map(ToString::to_string);
-        let (size, connections) = (self.options.size, self.options.connections);
-        let common = json!({
-            "connections": connections, "seconds": seconds, "errors": self.errors,
-            "last_error": last_error,
+    fn report(&self, measured: &Measured) -> Value {
+        let rate = measured.done as f64 / measured.seconds;
+        let mut report = json!({
+            "work": self.options.work.name(), "connections": self.options.connections,
+            "seconds": measured.seconds, "opening_seconds": measured.opening_seconds,
+            "client_cpu_seconds": measured.cpu_seconds,
+            "errors": self.errors,
+            "last_error": self.last_error.as_ref().map(ToString::to_string),
         });
-        let own = match self.options.work {
-            Work::Bulk => json!({
-                "work": "bulk", "total_bytes": self.done, "bytes": measured,
-                "gbit_per_second": rate * 8.0 / 1e9,
-            }),
-            work => json!({
-                "work": if work == Work::Rr { "rr" } else { "crr" }, "size": size,
-                "total_operations": self.done, "operations": measured, "per_second": rate,
-                "p50_us": self.latencies.quantile_us(0.5),
-                "p99_us": self.latencies.quantile_us(0.99),
-                "p999_us": self.latencies.quantile_us(0.999),
-            }),
-        };
-        match (common, own) {
-            (Value::Object(mut all), Value::Object(own)) => {
-                all.extend(own);
-                Value::Object(all)
+        match self.options.work {
+            Work::Bulk => {
+                report["total_bytes"] = json!(self.done);
+                report["bytes"] = json!(measured.done);
+                report["gbit_per_second"] = json!(rate * 8.0 / 1e9);
             }
-            _ => unreachable!("json!({{..}}) is an object"),
+            Work::Rr | Work::Crr => {
+                report["size"] = json!(self.options.size);
+                report["total_operations"] = json!(self.done);
+                report["operations"] = json!(measured.done);
+                report["per_second"] = json!(rate);
+                for (name, quantile) in [("p50_us", 0.5), ("p99_us", 0.99), ("p999_us", 0.999)] {
+                    report[name] = json!(self.latencies.quantile_us(quantile));
+                }
+            }
+            Work::Idle => report["held"] = json!(self.resting),
         }
+        report
     }
 
     /// Begins a connection without waiting for it, and sends its first request if it is there at
@@ -125,7 +204,7 @@ impl<'a> Run<'a> {
     fn ask(&self, conn: &mut Conn) {
         match self.options.work {
             Work::Bulk => conn.to_send = usize::MAX,
-            Work::Rr | Work::Crr => {
+            Work::Rr | Work::Crr | Work::Idle => {
                 conn.to_send = self.options.size;
                 conn.to_receive = self.options.size;
             }
@@ -143,6 +222,7 @@ impl<'a> Run<'a> {
             }
             Err(error) => {
                 self.errors += 1;
+                self.resting -= usize::from(conn.rests);
                 if self.errors >= ERRORS_MAX {
                     return Err(error);
                 }
@@ -156,14 +236,12 @@ impl<'a> Run<'a> {
 
     /// One step of a connection; `false` when it is to be replaced.
     fn step(&mut self, conn: &mut Conn, token: u64) -> io::Result<bool> {
+        if conn.rests {
+            // Nothing was asked, so nothing but its end can have come.
+            return Err(conn.stream.take_error()?.unwrap_or(ErrorKind::UnexpectedEof.into()));
+        }
         if self.options.work == Work::Bulk {
-            // One write, so that all connections get their turn.
-            match conn.stream.write(&self.buffer) {
-                Ok(n) => self.done += n as u64,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
-            }
-            return Ok(true);
+            return self.step_bulk(conn, token);
         }
         if matches!(conn.send(&self.buffer)?, Progress::Blocked) {
             conn.watch(&self.epoll, token, true, true)?;
@@ -183,12 +261,48 @@ impl<'a> Run<'a> {
         if self.options.work == Work::Crr {
             return Ok(false);
         }
-        conn.began = now;
-        self.ask(conn);
-        let blocked = matches!(conn.send(&self.buffer)?, Progress::Blocked);
+        let mut blocked = false;
+        if self.opening {
+            self.rest(conn);
+        } else {
+            conn.began = now;
+            self.ask(conn);
+            blocked = matches!(conn.send(&self.buffer)?, Progress::Blocked);
+        }
         conn.watch(&self.epoll, token, true, blocked)?;
         Ok(true)
     }
+
+    fn step_bulk(&mut self, conn: &mut Conn, token: u64) -> io::Result<bool> {
+        if self.opening {
+            if let Some(error) = conn.stream.take_error()? {
+                return Err(error);
+            }
+            self.rest(conn);
+            conn.watch(&self.epoll, token, false, false)?;
+            return Ok(true);
+        }
+        // One write, so that all connections get their turn.
+        match conn.stream.write(&self.buffer) {
+            Ok(n) => self.done += n as u64,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        Ok(true)
+    }
+
+    fn rest(&mut self, conn: &mut Conn) {
+        conn.rests = true;
+        self.resting += 1;
+    }
+}
+
+/// CPU time of this process.
+fn cpu_seconds() -> io::Result<f64> {
+    let usage = getrusage(UsageWho::RUSAGE_SELF)?;
+    let seconds =
+        |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
 }
 
 /// Makes a non-blocking socket and begins its connection.

@@ -17,6 +17,8 @@ pub(crate) struct Conn {
     pub(crate) watches_out: bool,
     /// When the operation under way began.
     pub(crate) began: Instant,
+    /// Whether a client's connection is open and asked for nothing.
+    pub(crate) rests: bool,
 }
 
 /// How a read or a write left the connection.
@@ -32,7 +34,7 @@ pub(crate) enum Progress {
 impl Conn {
     pub(crate) fn new(stream: TcpStream) -> Self {
         let (to_receive, to_send, echo, watches_out) = (0, 0, Vec::new(), false);
-        Self { stream, to_receive, to_send, echo, watches_out, began: Instant::now() }
+        Self { stream, to_receive, to_send, echo, watches_out, began: Instant::now(), rests: false }
     }
 
     /// Sends what is left to send, from `buffer`, whose content does not matter.

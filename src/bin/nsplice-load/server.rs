@@ -1,6 +1,6 @@
 //! The server: one thread that answers all clients.
 
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use nix::sys::socket::{self, MsgFlags, sockopt};
 use serde_json::{Value, json};
 
 use crate::conn::{Conn, Progress};
-use crate::{BUFFER_BYTES, EVENTS, Mode, Server, enter, wait};
+use crate::{BUFFER_BYTES, EVENTS, Mode, Server, prepare, wait};
 
 /// Token of the listening socket; connections count from 0.
 const LISTENER: u64 = u64::MAX;
@@ -19,7 +19,7 @@ const STDIN: u64 = u64::MAX - 1;
 
 /// Runs the server: prints its address, answers, returns the report.
 pub(crate) fn serve(options: &Server) -> io::Result<Value> {
-    enter(options.netns.as_deref())?;
+    prepare(options.netns.as_deref(), options.cpu)?;
     let listener = TcpListener::bind(options.listen)?;
     // Longer than std's: many clients may connect at once.
     socket::listen(&listener, socket::Backlog::new(4096).map_err(io::Error::from)?)?;
@@ -71,7 +71,14 @@ fn accept(
     free: &mut Vec<usize>,
 ) -> io::Result<u64> {
     let mut accepted = 0;
-    while let Ok((stream, _)) = listener.accept() {
+    loop {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(accepted),
+            // The client has gone; the next one waits behind it.
+            Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
+            Err(error) => return Err(error),
+        };
         accepted += 1;
         stream.set_nonblocking(true)?;
         let token = free.pop().unwrap_or_else(|| {
@@ -82,7 +89,6 @@ fn accept(
         let conn = conns[token].insert(Conn::new(stream));
         conn.to_receive = options.size;
     }
-    Ok(accepted)
 }
 
 /// One step of a server's connection; `false` when it has ended.
