@@ -1,0 +1,50 @@
+"""What the figures were measured on."""
+
+import os
+import re
+import subprocess
+
+from .contenders import ROOT
+from .netns import read
+
+
+def facts():
+    cpuinfo = read("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
+    memory = re.search(r"MemTotal:\s*(\d+)", read("/proc/meminfo"))
+    return {
+        "cpu": model[1].strip() if model else os.uname().machine,
+        "virtual": bool(re.search(r"\bhypervisor\b", cpuinfo)),
+        "cpus": os.cpu_count(),
+        "memory_gib": round(int(memory[1]) / (1 << 20)),
+        "kernel": os.uname().release,
+    }
+
+
+def commit():
+    """The project's state: a tag or a commit, and whether anything differs from it."""
+    command = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty"]
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                            text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def sentence(document):
+    machine, settings = document["machine"], document["settings"]
+    virtual = "virtual " if machine["virtual"] else ""
+    # A kernel's suffix names its builder, not its behaviour.
+    kernel = re.match(r"[\d.]+", machine["kernel"])[0]
+    return (
+        f"{document['date']}, nsplice {document['commit']}; {machine['cpus']} {virtual}CPUs "
+        f"({machine['cpu']}), {machine['memory_gib']} GiB, Linux {kernel}, "
+        f"{settings['congestion']}; {rounds(document)} rounds of {settings['seconds']:g} s after "
+        f"{settings['warmup']:g} s of warm-up"
+    )
+
+
+def rounds(document):
+    counts = {
+        len(series) for row in document["results"].values() for series in row.values() if series
+    }
+    low, high = min(counts, default=0), max(counts, default=0)
+    return str(low) if low == high else f"{low} to {high}"

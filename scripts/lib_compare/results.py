@@ -1,0 +1,80 @@
+"""Rounds as JSON, and what is computed from them."""
+
+import json
+import os
+import statistics
+
+FORMAT = 1
+
+
+def load(path):
+    with open(path) as file:
+        document = json.load(file)
+    if document.get("format") != FORMAT:
+        raise SystemExit(f"compare: {path}: not a result of this version")
+    return document
+
+
+def save(path, document):
+    """Replaces the file at once, a line for each series: so differences can be read."""
+    lines = []
+    for work, row in document["results"].items():
+        series = ",\n".join(
+            f"   {json.dumps(name)}: {json.dumps(rounds)}" for name, rounds in row.items()
+        )
+        lines.append(f"  {json.dumps(work)}: {{\n{series}\n  }}")
+    head = {name: value for name, value in document.items() if name != "results"}
+    text = json.dumps(head, indent=1)[:-2] + ',\n "results": {\n' + ",\n".join(lines) + "\n }\n}\n"
+    with open(path + ".new", "w") as file:
+        file.write(text)
+    os.replace(path + ".new", path)
+
+
+class Results:
+    """Several documents as one. A work is a single document's, the last one's that has it: what is
+    compared was measured in the same rounds."""
+
+    def __init__(self, documents):
+        self.documents = documents
+        self.works, self.contenders = {}, {}
+        for document in documents:
+            self.works.update(document["results"])
+            self.contenders.update(document["contenders"])
+
+    def title(self, contender):
+        return self.contenders[contender]["title"]
+
+    def rounds(self, work, contender):
+        return self.works.get(work, {}).get(contender, [])
+
+    def values(self, work, contender, key="figure"):
+        rounds = self.rounds(work, contender)
+        return [one[key] for one in rounds if key in one]
+
+    def median(self, work, contender, key="figure"):
+        values = self.values(work, contender, key)
+        return statistics.median(values) if values else None
+
+    def why_not(self, work, contender):
+        """Why a contender has no figure, if it has none."""
+        rounds = self.rounds(work, contender)
+        if rounds and not self.values(work, contender):
+            return rounds[-1]["cannot"]
+        return None
+
+    def ratio(self, work, contender, other, key="figure"):
+        """The median over the rounds of one's figure over another's in the same round."""
+        pairs = zip(self.rounds(work, contender), self.rounds(work, other))
+        ratios = [
+            mine[key] / theirs[key] for mine, theirs in pairs
+            if key in mine and theirs.get(key)
+        ]
+        return statistics.median(ratios) if ratios else None
+
+    def best(self, work, contenders, key="figure", highest=True):
+        """Who of the contenders has the best median."""
+        medians = {name: self.median(work, name, key) for name in contenders}
+        known = {name: value for name, value in medians.items() if value is not None}
+        if not known:
+            return None
+        return (max if highest else min)(known, key=known.get)
