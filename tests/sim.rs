@@ -33,6 +33,7 @@ mod verdict;
 mod world;
 
 use std::fs::File;
+use std::io::{Write, stdout};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -141,7 +142,9 @@ fn watch(threads: &[Thread]) {
             if thread.has_ended.load(Ordering::Relaxed) || current != *seed {
                 (*seed, *since) = (current, Instant::now());
             } else if since.elapsed() > SCHEDULE_TIME_MAX {
-                println!("seed {seed}: the worker spins\n    to see it: {}", replay_command(*seed));
+                // Not by println!: what a test prints is shown only after its end.
+                let how = replay_command(*seed);
+                let _ = writeln!(stdout(), "seed {seed}: the worker spins\n    to see it: {how}");
                 std::process::exit(1);
             }
         }
