@@ -61,7 +61,8 @@ pub struct Worker<E: Engine> {
     /// A buffer was given back since starved flows were last told.
     has_spare_buffer: bool,
     listener: Option<E::Socket>,
-    accepts_in_flight: u32,
+    /// [`Token::Accept`] is in flight: one at a time, so that siblings take turns.
+    is_accepting: bool,
     accept_pause: Option<Instant>,
     /// The failure that keeps the worker from accepting, which is logged once.
     accept_failure: Option<Errno>,
@@ -88,7 +89,7 @@ impl<E: Engine> Worker<E> {
             starved: VecDeque::new(),
             has_spare_buffer: false,
             listener: None,
-            accepts_in_flight: 0,
+            is_accepting: false,
             accept_pause: None,
             accept_failure: None,
             target,
@@ -142,7 +143,7 @@ impl<E: Engine> Worker<E> {
     /// Whether there is nothing left to do and nothing will come.
     pub fn is_done(&self) -> bool {
         let over = self.stopping || (self.settings.single && self.stats.connections > 0);
-        over && self.accepts_in_flight == 0 && self.live() == 0
+        over && !self.is_accepting && self.live() == 0
     }
 
     /// Number of live flows.

@@ -252,7 +252,7 @@ impl Engine for Uring {
     }
 
     fn cancel(&mut self, token: Token) {
-        // All of them: several accepts carry the same token.
+        // All of them: `readable` makes two with the same token.
         let entry =
             opcode::AsyncCancel2::new(CancelBuilder::user_data(token.encode()).all()).build();
         self.push(Token::Ignored, entry.flags(squeue::Flags::SKIP_SUCCESS));

@@ -12,15 +12,11 @@ use crate::flow::End;
 /// How long accepting pauses after the system ran out of something (kernel-fact 17).
 pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Accepts a worker has in flight. Each waits in the listening socket's queue, so siblings take
-/// turns; more than one, so that a burst does not cost a turn for each connection.
-const ACCEPTS: u32 = 4;
-
 impl<E: Engine> Worker<E> {
     /// Accepts connections from `listener` from the next turn on.
     pub fn listen(&mut self, listener: E::Socket) {
         self.listener = Some(listener);
-        self.accept_more();
+        self.accept_next();
     }
 
     /// Goes on accepting when the pause is over.
@@ -32,18 +28,17 @@ impl<E: Engine> Worker<E> {
         for client in std::mem::take(&mut self.waiting) {
             self.add(client);
         }
-        self.accept_more();
+        self.accept_next();
     }
 
-    fn accept_more(&mut self) {
+    fn accept_next(&mut self) {
         if self.accept_pause.is_some() {
             return;
         }
         let Some(listener) = &self.listener else { return };
-        let wanted = if self.settings.single { 1 } else { ACCEPTS };
-        while self.accepts_in_flight < wanted {
+        if !self.is_accepting {
+            self.is_accepting = true;
             self.engine.accept(Token::Accept, listener);
-            self.accepts_in_flight += 1;
         }
     }
 
@@ -56,7 +51,7 @@ impl<E: Engine> Worker<E> {
     }
 
     pub(super) fn accepted(&mut self, result: Result<E::Socket, Errno>) {
-        self.accepts_in_flight -= 1;
+        self.is_accepting = false;
         match result {
             // It came together with the order to stop: as if it had still been in the queue of
             // the listening socket that is closed now.
@@ -77,7 +72,7 @@ impl<E: Engine> Worker<E> {
                 self.accept_pause = Some(Instant::now() + ACCEPT_PAUSE);
             }
         }
-        self.accept_more();
+        self.accept_next();
     }
 
     pub(super) fn turn_away(&mut self, client: E::Socket) {

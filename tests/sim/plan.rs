@@ -9,9 +9,6 @@ use crate::rng::Rng;
 
 const MIB: u64 = 1 << 20;
 
-/// Accepts a worker has in flight, unless it serves one connection only.
-pub const ACCEPTS: u32 = 4;
-
 /// A schedule.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -174,7 +171,7 @@ impl Plan {
             gives_after_stop: rng.percent(30),
             accept_error: rng.pick(&accept_errors),
             accept_errors: match waits_for_pause || rng.percent(4) {
-                true => rng.pick(&[1, 1, 2, ACCEPTS]),
+                true => rng.pick(&[1, 1, 2, 4]),
                 false => 0,
             },
             waits_for_pause,

@@ -7,7 +7,7 @@ use nsplice::engine::Token;
 use nsplice::flow::Side;
 
 use crate::memory::{Buffers, Pipe};
-use crate::plan::{ACCEPTS, Plan, Weather};
+use crate::plan::{Plan, Weather};
 use crate::requests::{Posted, Request};
 use crate::rng::Rng;
 use crate::socket::{Socket, Status};
@@ -209,11 +209,6 @@ impl World {
     /// Something that goes wrong now and then, but not for ever.
     pub fn mishap(&mut self) -> bool {
         self.waits_alone < WAITS_WITH_MISHAPS && self.rng.of_1024(self.weather.mishap)
-    }
-
-    /// Accepts the worker is to have in flight.
-    pub fn accepts_wanted(&self) -> usize {
-        if self.plan.single { 1 } else { ACCEPTS as usize }
     }
 
     /// The connection of a flow the worker has named.
