@@ -17,7 +17,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use super::Buffer;
 use crate::flow::half::BUFFER_BYTES;
 
-/// Buffers a worker can have: 128 MiB when all are in use. A power of two.
+/// Buffers a worker can have: 64 MiB when all are in use. A power of two.
 const MAX_BUFFERS: u16 = 8192;
 
 /// Buffers provided at the start, and again whenever the kernel runs out of them. Few, because
