@@ -1,9 +1,10 @@
 """One measurement: a server, a forwarder, a client, and what they used meanwhile."""
 
 import contextlib
+import os
 import subprocess
 
-from . import contenders, programs
+from . import contenders, programs, works
 from .netns import Netns
 from .programs import Failed
 
@@ -27,9 +28,10 @@ class Usage:
 class Bench:
     def __init__(self, options):
         self.load = options.load
-        self.seconds, self.warmup, self.congestion = (
-            options.seconds, options.warmup, options.congestion,
-        )
+        self.seconds, self.warmup = options.seconds, options.warmup
+        self.congestion = options.congestion
+        first, last = (("--cpu", str(cpu)) for cpu in (0, os.cpu_count() - 1))
+        self.client_cpu, self.server_cpu = (first, last) if options.pin else ((), ())
 
     def measure(self, contender, work):
         """A round's record; {"cannot": why} if the contender cannot do the work."""
@@ -73,13 +75,21 @@ class Bench:
 
         if work.kind == "idle":
             return self.measure_idle(begin, forwarder, work, check)
+        beside = None
         if work.beside:
-            begin(work.beside, self.seconds + OPENING_S, 0.2)
+            # Idle connections outlast the work; bulk lasts as long, so that its rate is known.
+            lasts = self.warmup + self.seconds + (OPENING_S if work.idle else 0)
+            beside = begin(work.beside, lasts, 0.2)
         client = begin(work.client, self.seconds, self.warmup)
         before = Usage(forwarder, server)
         report = self.report(client, check)
         usage = Usage(forwarder, server).since(before)
-        return record(work, report, usage)
+        result = record(work, report, usage)
+        if beside and not work.idle:
+            # Each operation moves a message there and back.
+            rate = self.report(beside, check)["per_second"] * 2 * works.BESIDE_BYTES * 8 / 1e9
+            result |= rounded({"beside": rate})
+        return result
 
     def measure_idle(self, begin, forwarder, work, check):
         """What holding connections takes, beyond what the first one made the forwarder take."""
@@ -102,7 +112,7 @@ class Bench:
         return programs.read_line(client, "client", self.seconds + programs.START_S, check)
 
     def start_server(self, netns, options):
-        command = [self.load, "server", "--netns", netns.path, *options]
+        command = [self.load, "server", "--netns", netns.path, *options, *self.server_cpu]
         command += ["--listen", f"127.0.0.1:{contenders.SERVER_PORT}"]
         server = programs.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
@@ -112,9 +122,9 @@ class Bench:
         return server
 
     def start_client(self, netns, port, options, seconds, warmup):
-        command = [self.load, "client", "--netns", netns.path, *options, "--progress"]
+        command = [self.load, "client", "--netns", netns.path, *options, *self.client_cpu]
         command += ["--connect", f"127.0.0.1:{port}"]
-        command += ["--seconds", str(seconds), "--warmup", str(warmup)]
+        command += ["--seconds", str(seconds), "--warmup", str(warmup), "--progress"]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         # Its connections stay open until its standard input ends: closing them is not measured.
         return programs.start(command, stdin=subprocess.PIPE, **pipe)

@@ -221,17 +221,18 @@ def pasta(contender, place):
 
 
 def cargo_version(crate):
-    """The version of a crate that the project is built with."""
+    """The newest version of a crate that the project is built with."""
     lock = read(os.path.join(ROOT, "Cargo.lock"))
-    found = re.search(rf'name = "{re.escape(crate)}"\nversion = "([^"]+)"', lock)
-    return found[1] if found else "unknown"
+    found = re.findall(rf'name = "{re.escape(crate)}"\nversion = "([^"]+)"', lock)
+    return found[-1] if found else "unknown"
 
 
 def known(options):
     """Every contender by name."""
     ns, relay = options.nsplice, options.relay
     version = (ns, "-V")
-    reference = ("cat", os.path.join(options.reference, "../../.crates.toml"))
+    installed = os.path.dirname(os.path.dirname(os.path.abspath(options.reference)))
+    reference = ("cat", os.path.join(installed, ".crates.toml"))
 
     def of_nsplice(name, title, settings, *arguments):
         return Contender(name, title, settings, between(*arguments), ns, version)

@@ -37,8 +37,9 @@ def sentence(document):
     return (
         f"{document['date']}, nsplice {document['commit']}; {machine['cpus']} {virtual}CPUs "
         f"({machine['cpu']}), {machine['memory_gib']} GiB, Linux {kernel}, "
-        f"{settings['congestion']}; {rounds(document)} rounds of {settings['seconds']:g} s after "
+        f"{settings['congestion']}; {rounds(document)} of {settings['seconds']:g} s after "
         f"{settings['warmup']:g} s of warm-up"
+        + (", client and server pinned" if settings["pin"] else "")
     )
 
 
@@ -47,4 +48,5 @@ def rounds(document):
         len(series) for row in document["results"].values() for series in row.values() if series
     }
     low, high = min(counts, default=0), max(counts, default=0)
-    return str(low) if low == high else f"{low} to {high}"
+    count = str(low) if low == high else f"{low} to {high}"
+    return count + (" round" if high == 1 else " rounds")

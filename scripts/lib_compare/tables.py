@@ -1,5 +1,7 @@
 """Markdown tables."""
 
+import statistics
+
 from . import works
 
 
@@ -20,8 +22,7 @@ def spread(values):
     """Median and, behind it, the smallest and the largest round."""
     if not values:
         return "-"
-    middle = sorted(values)[len(values) // 2] if len(values) % 2 else sum(
-        sorted(values)[len(values) // 2 - 1:len(values) // 2 + 1]) / 2
+    middle = statistics.median(values)
     return f"{number(middle)} ({number(min(values))}-{number(max(values))})"
 
 
@@ -40,6 +41,8 @@ def of_work(found, name):
     unit = {"GB": "s/GB", "10k": "s/10k"}[work.unit]
     head = ["contender", work.figure, "x reference", "x direct"]
     head += ["p50 us", "p99 us", "p99.9 us"] if timed else []
+    beside = work.beside and not work.idle
+    head += ["bulk beside Gbit/s"] if beside else []
     head += [f"forwarder CPU {unit}", f"machine busy {unit}", "errors"]
     rows = []
     for contender in found.works[name]:
@@ -53,6 +56,7 @@ def of_work(found, name):
             row.append("-" if ratio is None else f"{ratio:.2f}")
         for key in ("p50_us", "p99_us", "p999_us") if timed else ():
             row.append(number(found.median(name, contender, key)))
+        row += [spread(found.values(name, contender, "beside"))] if beside else []
         row += [spread(found.values(name, contender, key)) for key in ("cpu", "busy")]
         row.append(number(sum(found.values(name, contender, "errors"))))
         rows.append(row)

@@ -12,6 +12,7 @@ rr-64Bx1+idle9000   beside 9000 idle connections through the same forwarder (or 
 import re
 from dataclasses import dataclass
 
+BESIDE_BYTES = 1 << 20  # of a message of the bulk beside a work
 UNITS = {"B": 1, "K": 1 << 10, "M": 1 << 20}
 GRAMMAR = re.compile(
     r"(?P<stream>bulk|copied)-(?P<streams>[1-9]\d*)"
@@ -30,6 +31,7 @@ class Work:
     server: tuple  # options of nsplice-load server
     client: tuple  # options of nsplice-load client
     beside: tuple  # the same for a second client, or nothing
+    idle: int  # connections of that client, if they are idle
     unit: str  # that costs are given for
     figure: str  # the unit of the result
     title: str
@@ -37,8 +39,7 @@ class Work:
     @property
     def sockets(self):
         """Connections through the forwarder at a time."""
-        beside = re.search(r"\+idle(\d+)", self.name)
-        return self.connections + (int(beside[1]) if beside else 0)
+        return self.connections + self.idle
 
 
 def work(name):
@@ -69,10 +70,11 @@ def work(name):
     elif match["beside"]:
         # An echo serves both: it answers whatever comes.
         server = ("--mode", "echo")
-        beside = ("--work", "rr", "--size", "1048576", "--connections", "8")
+        beside = ("--work", "rr", "--size", str(BESIDE_BYTES), "--connections", "8")
         title += " beside 8 with bulk"
     client = ("--work", kind, "--size", str(size), "--connections", str(connections))
-    return Work(name, kind, connections, size, server, client, beside, unit, figure, title)
+    idle = int(match["idle"] or 0)
+    return Work(name, kind, connections, size, server, client, beside, idle, unit, figure, title)
 
 
 def size_name(size):
@@ -91,6 +93,7 @@ def first_words():
 MAIN = (
     "bulk-1 bulk-8 copied-8 rr-64Bx1 rr-64Bx64 rr-16Kx16 rr-128Kx16 crr-16 rr-64Bx1+bulk".split()
 )
+OVERVIEW = "bulk-1 bulk-8 rr-64Bx64 rr-128Kx16 crr-16".split()
 IDLE = ["idle-1000", "idle-9000"]
 SIZES = [f"rr-{size}x16" for size in "64B 256B 1K 4K 16K 64K 128K 256K 1M".split()]
 CONNECTIONS = [f"rr-64Bx{count}" for count in (1, 10, 100, 1000, 5000)] + ["rr-64Bx1+idle9000"]

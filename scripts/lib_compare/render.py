@@ -1,0 +1,244 @@
+"""The generated parts of docs/benchmarks.md and README.md, and docs/plots."""
+
+import os
+
+from . import machine, plots, tables, works
+from .contenders import ROOT
+from .netns import read, write
+from .results import Results, load
+from .tables import number, table
+
+DOCS, README, PLOTS = "docs/benchmarks.md", "README.md", "docs/plots"
+BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->"
+OURS = ("nsplice", "nsplice-copy", "nsplice-splice", "nsplice-1", "nsplice-poll")
+
+
+def files(paths):
+    """What the docs should be: {path: text}."""
+    found = Results([load(path) for path in paths])
+    pictures = draw(found)
+    wanted = {f"{PLOTS}/{name}": picture for name, picture in pictures.items()}
+    wanted[DOCS] = replaced(DOCS, measured(found, pictures))
+    wanted[README] = replaced(README, summary(found, pictures))
+    return wanted
+
+
+def write_all(paths):
+    os.makedirs(os.path.join(ROOT, PLOTS), exist_ok=True)
+    for path, text in files(paths).items():
+        write(os.path.join(ROOT, path), text)
+        print(f"wrote {path}")
+
+
+def check(paths):
+    """Fails unless the docs are what the results say."""
+    for path, text in files(paths).items():
+        whole = os.path.join(ROOT, path)
+        if not os.path.exists(whole) or read(whole) != text:
+            names = " ".join(paths)
+            raise SystemExit(f"compare: {path} is not of {names}: scripts/compare --render {names}")
+
+
+def replaced(path, text):
+    """The file with the text between its markers."""
+    whole = read(os.path.join(ROOT, path))
+    if whole.count(BEGIN) != 1 or whole.count(END) != 1:
+        raise SystemExit(f"compare: {path}: not one pair of {BEGIN.strip()} and {END}")
+    before, rest = whole.split(BEGIN)
+    return f"{before}{BEGIN}{text.strip()}\n{END}{rest.split(END)[1]}"
+
+
+def main_works(found):
+    """The works of the bars: the main table's, as far as they were measured."""
+    return [name for name in works.MAIN if name in found.works]
+
+
+def draw(found):
+    names = main_works(found)
+    pictures = {}
+    if names:
+        few = [name for name in works.OVERVIEW if name in names]
+        pictures["overview.svg"] = plots.rates(found, few)
+        pictures["rates.svg"] = plots.rates(found, names)
+        pictures["costs.svg"] = plots.costs(found, names)
+        pictures["latencies.svg"] = plots.latencies(found, names)
+    for name, points, plot in (
+        ("sizes.svg", plots.size_points(found), plots.sizes),
+        ("connections.svg", plots.connection_points(found), plots.connections),
+    ):
+        if len(points) > 2:
+            pictures[name] = plot(found)
+    return pictures
+
+
+# --- Parts ------------------------------------------------------------------------------------
+
+
+def measured(found, pictures):
+    """All there is, for docs/benchmarks.md."""
+    parts = ["### Machine and contenders", conditions(found), contender_table(found)]
+    parts += ["### To reach", goals(found)]
+    names = main_works(found)
+    parts += ["### Each work", *images(pictures, "rates.svg", "costs.svg", "latencies.svg")]
+    curve_works = {name for _, name in plots.size_points(found) + plots.connection_points(found)}
+    shown = names + [name for name in found.works if name not in curve_works | set(names)]
+    for name in shown:
+        parts += [f"#### {works.work(name).title} (`{name}`)", tables.of_work(found, name)]
+    if "sizes.svg" in pictures:
+        parts += ["### Message size", *images(pictures, "sizes.svg"), size_table(found)]
+    if "connections.svg" in pictures:
+        parts += ["### Connections", *images(pictures, "connections.svg"), connection_table(found)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def summary(found, pictures):
+    """What README shows."""
+    parts = [
+        main_table(found),
+        "The figures are medians of interleaved rounds; the best of the others is the fastest of "
+        f"{others_named(found)}. {conditions(found)} Every figure, its spread and the method are "
+        "in [docs/benchmarks.md](docs/benchmarks.md).",
+        *images(pictures, "overview.svg", "sizes.svg", "connections.svg", folder="docs/plots"),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def images(pictures, *names, folder="plots"):
+    words = {
+        "overview.svg": "Bars: what goes through",
+        "rates.svg": "Bars: what goes through, each work", "costs.svg": "Bars: CPU, each work",
+        "latencies.svg": "Bars: latency, each work", "sizes.svg": "Curves over message size",
+        "connections.svg": "Curves over the number of connections",
+    }
+    return [f"![{words[name]}]({folder}/{name})" for name in names if name in pictures]
+
+
+def conditions(found):
+    """Of every document that still has a work."""
+    sentences = []
+    for document in found.documents:
+        if any(found.works[name] is row for name, row in document["results"].items()):
+            sentences.append(machine.sentence(document))
+    return "Measured " + "; and ".join(dict.fromkeys(sentences)) + "."
+
+
+def others_named(found):
+    return ", ".join(found.title(name) for name in others(found))
+
+
+def others(found):
+    """Who is neither ours, nor the reference, nor no forwarder."""
+    return [name for name in found.contenders if name not in (*OURS, "reference", "direct")]
+
+
+def contender_table(found):
+    rows = [
+        [one["title"], one["version"] or "-", one["settings"]]
+        for one in found.contenders.values()
+    ]
+    return table(["contender", "version", "settings"], rows)
+
+
+def main_table(found):
+    head = ["work", "no forwarder", "netns_tcp_bridge", "best of the others", "nsplice",
+            "ratio to netns_tcp_bridge", "forwarder CPU: netns_tcp_bridge", "nsplice"]
+    rows = []
+    for name in main_works(found):
+        work = works.work(name)
+        alone = work.kind == "rr" and work.connections == 1
+        key, unit = ("p50_us", "p50 us") if alone else ("figure", work.figure)
+        best = found.best(name, others(found), key, highest=not alone)
+        ratio = found.ratio(name, "nsplice", "reference", key)
+        cost = {"GB": " s/GB", "10k": " s/10k"}[work.unit]
+        rows.append([
+            f"{work.title}, {unit}",
+            number(found.median(name, "direct", key)),
+            number(found.median(name, "reference", key)),
+            f"{number(found.median(name, best, key))} ({found.title(best)})" if best else "-",
+            f"**{number(found.median(name, 'nsplice', key))}**",
+            "-" if ratio is None else f"{ratio:.2f}",
+            number(found.median(name, "reference", "cpu")) + cost,
+            number(found.median(name, "nsplice", "cpu")) + cost,
+        ])
+    return table(head, rows)
+
+
+def size_table(found):
+    return (
+        "Forwarder CPU in us for an operation, which is a request and its response; the last "
+        "column is `auto` over the better of copy and splice, the median of the rounds' ratios:\n\n"
+        + curve_table(found, plots.size_points(found), "size", works.size_name, over_better)
+    )
+
+
+def connection_table(found):
+    beside = [name for name in found.works if name.startswith("rr-64Bx1+idle")]
+    text = "Forwarder CPU in us for an operation:\n\n"
+    text += curve_table(found, plots.connection_points(found), "connections", "{:,}".format)
+    for name in beside:
+        text += f"\n\n{works.work(name).title} (`{name}`):\n\n{tables.of_work(found, name)}"
+    return text
+
+
+def curve_table(found, points, head, label, extra=None):
+    contenders = plots.contenders_of(found, points)
+    rows = []
+    for x, name in points:
+        row = [label(x)]
+        for contender in contenders:
+            if contender == "direct":
+                continue
+            cost = found.median(name, contender, "cpu")
+            row.append(number(100 * cost) if cost is not None else "-")
+        rows.append(row + ([extra(found, name)] if extra else []))
+    titles = [found.title(name) for name in contenders if name != "direct"]
+    return table([head, *titles] + (["auto / better"] if extra else []), rows)
+
+
+def over_better(found, name):
+    ratios = [found.ratio(name, "nsplice", other, "cpu")
+              for other in ("nsplice-copy", "nsplice-splice")]
+    known = [ratio for ratio in ratios if ratio is not None]
+    return f"{max(known):.2f}" if known else "-"
+
+
+# --- What the design wants --------------------------------------------------------------------
+
+
+def goals(found):
+    """The ratios that were to be reached, and what was measured."""
+    rows = []
+
+    def goal(what, limit, value, least):
+        if value is None:
+            return
+        reached = value >= limit if least else value <= limit
+        sign = "at least" if least else "at most"
+        rows.append([what, f"{sign} {limit:g}", number(value), "yes" if reached else "**no**"])
+
+    for name, limit in (
+        ("bulk-1", 2.8), ("bulk-8", 4.2), ("rr-64Bx64", 1.4), ("rr-16Kx16", 1.6),
+        ("rr-128Kx16", 4.0), ("crr-16", 1.5),
+    ):
+        ratio = found.ratio(name, "nsplice", "reference")
+        goal(f"{works.work(name).title}: rate / netns_tcp_bridge", limit, ratio, True)
+    ratio = found.ratio("bulk-1", "nsplice", "direct")
+    goal("Bulk, 1 connection: rate / no forwarder", 0.85, ratio, True)
+    ratio = found.ratio("bulk-8", "nsplice", "reference", "cpu")
+    goal("Bulk, 8 connections: forwarder CPU / netns_tcp_bridge", 0.125, ratio, False)
+    ratio = found.ratio("rr-64Bx1", "nsplice", "reference", "p50_us")
+    goal("64 B, 1 connection: p50 / netns_tcp_bridge", 1.0, ratio, False)
+    ratio = found.ratio("rr-64Bx1", "nsplice-poll", "direct", "p50_us")
+    goal("64 B, 1 connection, busy polling: p50 / no forwarder", 1.15, ratio, False)
+    ratio = found.ratio("crr-16", "nsplice", "haproxy")
+    goal("Connect, 64 B, close: rate / HAProxy", 1.0, ratio, True)
+    goal("Idle connection: bytes of RssAnon (9,000)", 512,
+         found.median("idle-9000", "nsplice", "anon_bytes"), False)
+    goal("Idle connection: descriptors", 2, found.median("idle-9000", "nsplice", "fds"), False)
+    for name in main_works(found):
+        best = found.best(name, [*others(found), "reference"])
+        if best:
+            ratio = found.ratio(name, "nsplice", best)
+            what = f"{works.work(name).title}: rate / best other ({found.title(best)})"
+            goal(what, 1.0, ratio, True)
+    return table(["ratio in the same rounds", "to reach", "measured", "reached"], rows)
