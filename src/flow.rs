@@ -170,9 +170,7 @@ impl Flow {
             Event::SendUrgent { half, result } => self.on_delivered(half, result.map(|()| 1)),
             Event::Unsent { bytes: 0 } => self.grace_left_ms = 0,
             Event::Unsent { .. } => {}
-            Event::Pipe { half, capacity } => {
-                self.halves[half.index()].on_pipe(capacity);
-            }
+            Event::Pipe { half, capacity } => self.halves[half.index()].on_pipe(capacity),
             Event::Fill { half, result } => {
                 self.turn_left = self.turn_left.saturating_sub(result.unwrap_or(0));
                 let outcome = self.halves[half.index()].on_filled(result);
@@ -207,7 +205,11 @@ impl Flow {
     fn on_connected(&mut self, result: Result<(), Errno>) {
         self.finished(Op::Connect);
         match (self.phase, result) {
-            (Phase::Connecting { .. }, Ok(())) => self.phase = Phase::Open,
+            // These errors are of a socket that was connected: what it had sent comes first.
+            (Phase::Connecting { .. }, Ok(()) | Err(Errno::ECONNRESET | Errno::EPIPE)) => {
+                self.phase = Phase::Open;
+                self.note(Side::Connect, result);
+            }
             (Phase::Connecting { .. }, Err(errno)) => self.terminate(End::ConnectFailed(errno)),
             _ => {}
         }
@@ -394,4 +396,38 @@ impl Flow {
 
 fn ask(question: Question) -> Option<Action> {
     Some(Action::Ask(question))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn actions(flow: &mut Flow) -> Vec<Action> {
+        std::iter::from_fn(|| flow.next()).collect()
+    }
+
+    #[test]
+    fn what_a_target_sent_before_it_reset_the_new_connection_is_delivered() {
+        let half = Side::Connect;
+        let flow = &mut Flow::connecting(Transfer::Copy, 1000);
+        assert!(actions(flow).contains(&Action::Start(Op::Connect)));
+        flow.on(Event::Connected(Err(Errno::ECONNRESET)));
+        assert!(actions(flow).contains(&Action::Start(Op::Readable(half))));
+        flow.on(Event::Turn);
+        flow.on(Event::Readable { half, urgent: Ok(false) });
+        assert_eq!(actions(flow), [Action::Start(Op::Recv(half))]);
+        flow.on(Event::Received { half, result: Ok(10), more: false });
+        assert!(actions(flow).contains(&Action::Start(Op::Send(half))));
+        flow.on(Event::Sent { half, result: Ok(10) });
+        flow.on(Event::Readable { half, urgent: Ok(false) });
+        assert_eq!(actions(flow), [Action::Release(half), Action::Start(Op::Recv(half))]);
+        flow.on(Event::Received { half, result: Ok(0), more: false });
+        assert!(actions(flow).contains(&Action::Ask(Question::Unsent(Side::Listen))));
+        flow.on(Event::Unsent { bytes: 0 });
+        assert!(actions(flow).contains(&Action::Cancel(Op::Watch(half))));
+        flow.on(Event::Watched { side: half, writable: false, failed: false, armed: false });
+        flow.on(Event::Paused);
+        assert_eq!(actions(flow), [Action::Close { reset: Some(Side::Listen) }]);
+        assert_eq!(flow.end(), Some(End::Failed(half, Errno::ECONNRESET)));
+    }
 }

@@ -1,0 +1,121 @@
+//! The buffers a ring receives into: one mapping, handed to the kernel piece by piece.
+//!
+//! The kernel takes a buffer only when there is something to receive ("provided buffers"), so
+//! an idle connection has none. Buffers that were never needed are address space, not memory.
+
+#![allow(unsafe_code)]
+
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use io_uring::types::BufRingEntry;
+use nix::errno::Errno;
+use nix::libc::c_void;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+use crate::engine::Buffer;
+use crate::flow::half::BUFFER_BYTES;
+
+/// Buffers a worker can have: 64 MiB when all are in use. A power of two.
+const MAX_BUFFERS: u16 = 8192;
+
+/// Buffers provided at the start, and again whenever the kernel runs out of them. Few, because
+/// the kernel uses them in turn: all that are provided pass through the cache.
+const STEP_BUFFERS: u16 = 64;
+
+/// The buffer group's number in its ring; a ring has only one.
+pub(super) const GROUP: u16 = 0;
+
+/// A private anonymous mapping.
+struct Mapping {
+    start: NonNull<c_void>,
+    bytes: usize,
+}
+
+impl Mapping {
+    fn new(bytes: usize) -> Result<Self, Errno> {
+        let length = NonZeroUsize::new(bytes).ok_or(Errno::EINVAL)?;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        let start = unsafe {
+            mmap_anonymous(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags)?
+        };
+        Ok(Self { start, bytes })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and its owner keeps it until the ring is gone.
+        let _ = unsafe { munmap(self.start, self.bytes) };
+    }
+}
+
+/// A ring's buffers.
+pub(super) struct Buffers {
+    memory: Mapping,
+    entries: Mapping,
+    /// Where the next buffer is put; the kernel's copy is in the first entry.
+    tail: u16,
+    /// Buffers the kernel has been given for the first time.
+    provided: u16,
+}
+
+impl Buffers {
+    pub(super) fn new() -> Result<Self, Errno> {
+        let count = usize::from(MAX_BUFFERS);
+        let memory = Mapping::new(count * BUFFER_BYTES as usize)?;
+        let entries = Mapping::new(count * size_of::<BufRingEntry>())?;
+        Ok(Self { memory, entries, tail: 0, provided: 0 })
+    }
+
+    /// Makes them known to `ring`. They must outlive it.
+    pub(super) fn register(&mut self, ring: &io_uring::IoUring) -> std::io::Result<()> {
+        let address = self.entries.start.as_ptr() as u64;
+        // SAFETY: the mapping has MAX_BUFFERS entries, and whoever owns both drops the ring first.
+        unsafe { ring.submitter().register_buf_ring_with_flags(address, MAX_BUFFERS, GROUP, 0)? };
+        self.grow();
+        Ok(())
+    }
+
+    /// Provides more buffers; false if all there can be are in use.
+    pub(super) fn grow(&mut self) -> bool {
+        let more = STEP_BUFFERS.min(MAX_BUFFERS - self.provided);
+        for id in self.provided..self.provided + more {
+            self.provide(id);
+        }
+        self.provided += more;
+        more > 0
+    }
+
+    /// Gives a buffer back to the kernel.
+    pub(super) fn give_back(&mut self, buffer: Buffer) {
+        self.provide(buffer.id());
+    }
+
+    fn provide(&mut self, id: u16) {
+        let first = self.entries.start.as_ptr().cast::<BufRingEntry>();
+        // SAFETY: the masked index is inside the mapping. The kernel reads an entry only after
+        // the tail has passed it, and this thread alone writes entries and the tail.
+        unsafe {
+            let entry = &mut *first.add(usize::from(self.tail & (MAX_BUFFERS - 1)));
+            entry.set_addr(self.address(id) as u64);
+            entry.set_len(BUFFER_BYTES);
+            entry.set_bid(id);
+            self.tail = self.tail.wrapping_add(1);
+            let tail = BufRingEntry::tail(first).cast::<AtomicU16>();
+            (*tail).store(self.tail, Ordering::Release);
+        }
+    }
+
+    /// Where the bytes of `buffer` that are left begin.
+    pub(super) fn bytes(&self, buffer: &Buffer) -> *const u8 {
+        self.address(buffer.id()).wrapping_add(buffer.range().start as usize)
+    }
+
+    fn address(&self, id: u16) -> *const u8 {
+        let offset = usize::from(id) * BUFFER_BYTES as usize;
+        self.memory.start.as_ptr().cast::<u8>().wrapping_add(offset)
+    }
+}
