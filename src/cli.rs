@@ -18,7 +18,9 @@ use std::os::fd::RawFd;
 
 use argh::FromArgs;
 
-use crate::config::{Config, ConnectSide, Forward, Handoff, ListenSide, Netns, NetnsSource};
+use crate::config::{
+    Config, ConnectSide, Engine, Forward, Handoff, ListenSide, Netns, NetnsSource,
+};
 use crate::config::{SummaryFormat, Transfer};
 use crate::error::{Error, Kind, Result};
 
@@ -93,6 +95,9 @@ pub struct Args {
     /// namespace to connect from (`-T`)
     #[argh(option)]
     pub connect_netns_fd: Option<u64>,
+    /// io_uring or epoll
+    #[argh(option)]
+    pub engine: Option<Engine>,
     /// what the listener passes to the connector
     #[argh(option)]
     pub handoff: Option<Handoff>,
@@ -146,6 +151,7 @@ impl Args {
         Ok(Config {
             forwards: vec![Forward { listen: self.listen_side()?, connect: self.connect_side()? }],
             ready_fd: fd("--ready-fd", self.ready_fd)?,
+            engine: self.engine.unwrap_or_default(),
             handoff: self.handoff.unwrap_or_default(),
             transfer: self.transfer.unwrap_or_default(),
             workers: self.workers.map(|Workers(workers)| workers),

@@ -12,6 +12,8 @@ use std::path::PathBuf;
 pub struct Config {
     /// What to forward, and where to. The command line makes exactly one.
     pub forwards: Vec<Forward>,
+    /// What the workers wait for the kernel with.
+    pub engine: Engine,
     /// How accepted connections reach the connector.
     pub handoff: Handoff,
     /// How a half moves its bytes.
@@ -103,6 +105,18 @@ pub enum Handoff {
     Socket,
     /// Each accepted connection, in batches.
     Connections,
+}
+
+/// What the workers wait for the kernel with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Engine {
+    /// io_uring, or epoll where it is not to be had.
+    #[default]
+    Auto,
+    /// io_uring.
+    Uring,
+    /// epoll.
+    Epoll,
 }
 
 /// How a half moves its bytes.

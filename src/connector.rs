@@ -10,12 +10,15 @@ use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::signalfd::SignalFd;
 use nix::unistd::Pid;
 
-use crate::config::{Config, SummaryFormat};
+use crate::config::{Config, Engine, SummaryFormat};
 use crate::crew::{Crew, Seed};
+use crate::engine::Start;
+use crate::engine::epoll::Epoll;
+use crate::engine::uring::{self, Uring};
 use crate::error::{Error, Kind, Result};
 use crate::flow::End;
 use crate::handoff::{Channel, Message, Received};
-use crate::log::Log;
+use crate::log::{Log, say};
 use crate::netns;
 use crate::process::{ConnectPart, Wake, wait_any};
 use crate::stats::Summary;
@@ -92,7 +95,11 @@ pub fn run(part: Part) -> Result<u8> {
         handoff: handoff.next(),
         ended: part.ended.clone(),
     });
-    let mut crew = Crew::start(seeds.collect())?;
+    let (engine, mut crew) = if is_to_use_uring(config.engine)? {
+        (Uring::NAME, Crew::start::<Uring>(seeds.collect())?)
+    } else {
+        (Epoll::NAME, Crew::start::<Epoll>(seeds.collect())?)
+    };
     let served = serve(&mut crew, &part.control, &part.signals);
     let (stats, last_end) = crew.stop()?;
     served?;
@@ -104,13 +111,28 @@ pub fn run(part: Part) -> Result<u8> {
         std::thread::sleep(Duration::from_millis(1));
     }
     if config.summary == Some(SummaryFormat::Json) {
-        let summary = Summary::new("uring", stats).to_json();
+        let summary = Summary::new(engine, stats).to_json();
         writeln!(std::io::stdout(), "{summary}").map_err(|error| {
             Error::new(Kind::Socket, format!("--summary json: cannot write it: {error}"))
         })?;
     }
     let failed = !matches!(last_end, None | Some(End::Complete | End::Stopped));
     Ok(if part.single && failed { Kind::Connection.status() } else { 0 })
+}
+
+/// Which engine all workers use. A ring that is not to be had for want of memory or descriptors is
+/// no reason to use another engine: that would hide the want.
+fn is_to_use_uring(wanted: Engine) -> Result<bool> {
+    if wanted == Engine::Epoll {
+        return Ok(false);
+    }
+    match (uring::probe(), wanted) {
+        (Err(refusal), Engine::Auto) if refusal.is_lasting() => {
+            say(&format!("{refusal}; using epoll"));
+            Ok(false)
+        }
+        (probed, _) => probed.map(|()| true).map_err(Error::from),
+    }
 }
 
 /// Starts up with the listener, then waits for the end.

@@ -11,8 +11,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::Pid;
 
-use crate::engine::uring::Uring;
-use crate::engine::{Engine, Token};
+use crate::engine::{Start, Token};
 use crate::error::{Error, Kind, Result};
 use crate::flow::End;
 use crate::handoff::Channel;
@@ -58,7 +57,7 @@ enum Command {
 
 /// What a worker tells.
 enum Report {
-    /// It has its ring.
+    /// It has its engine.
     Started,
     /// It accepts connections.
     Accepting,
@@ -99,9 +98,9 @@ pub struct Crew {
 }
 
 impl Crew {
-    /// Starts a worker for each seed and waits until all have their rings; or fails as the first
-    /// of them did.
-    pub fn start(seeds: Vec<Seed>) -> Result<Crew> {
+    /// Starts a worker with an engine of this kind for each seed and waits until all have it; or
+    /// fails as the first of them did.
+    pub fn start<E: Start>(seeds: Vec<Seed>) -> Result<Crew> {
         abort_on_panic();
         let (report, reports) = channel();
         let attention = Arc::new(event_fd()?);
@@ -109,7 +108,7 @@ impl Crew {
             Crew { workers: Vec::new(), reports, attention, accepting: 0, ended: Vec::new() };
         for (index, seed) in seeds.into_iter().enumerate() {
             let reporter = Reporter { reports: report.clone(), attention: crew.attention() };
-            crew.workers.push(spawn(index, seed, reporter)?);
+            crew.workers.push(spawn::<E>(index, seed, reporter)?);
         }
         for _ in 0..crew.workers.len() {
             // The channel cannot close: `report` is here.
@@ -215,7 +214,7 @@ fn abort_on_panic() {
     }));
 }
 
-fn spawn(index: usize, seed: Seed, reporter: Reporter) -> Result<Handle> {
+fn spawn<E: Start>(index: usize, seed: Seed, reporter: Reporter) -> Result<Handle> {
     let (commands, orders) = channel();
     let wake = event_fd()?;
     let woken = wake
@@ -225,7 +224,7 @@ fn spawn(index: usize, seed: Seed, reporter: Reporter) -> Result<Handle> {
     let thread = std::thread::Builder::new()
         .name(format!("worker-{index}"))
         .spawn(move || {
-            let ended = match Thread::new(index, seed, woken, orders) {
+            let ended = match Thread::<E>::new(index, seed, woken, orders) {
                 Ok(mut thread) => {
                     reporter.send(Report::Started);
                     let result = thread.serve(&reporter);
@@ -242,9 +241,9 @@ fn spawn(index: usize, seed: Seed, reporter: Reporter) -> Result<Handle> {
 }
 
 /// A worker thread, seen from inside: the worker and its channels.
-struct Thread {
+struct Thread<E: Start> {
     index: usize,
-    worker: Worker<Uring>,
+    worker: Worker<E>,
     orders: Receiver<Command>,
     woken: OwnedFd,
     handoff: Option<Channel>,
@@ -255,12 +254,12 @@ struct Thread {
     log: Log,
 }
 
-impl Thread {
+impl<E: Start> Thread<E> {
     fn new(index: usize, seed: Seed, woken: OwnedFd, orders: Receiver<Command>) -> Result<Self> {
         if let Some(cpu) = seed.cpu {
             pin(cpu)?;
         }
-        let engine = Uring::new(seed.target, seed.pipe_size_bytes, seed.busy_poll_us)?;
+        let engine = E::start(seed.target, seed.pipe_size_bytes, seed.busy_poll_us)?;
         let mut worker = Worker::new(engine, seed.settings, seed.log.clone(), seed.connected);
         worker.engine().readable(Token::Command, &woken);
         if let Some(channel) = &seed.handoff {
@@ -282,7 +281,8 @@ impl Thread {
     fn serve(&mut self, reporter: &Reporter) -> Result<()> {
         while !self.worker.is_done() {
             let woken = self.worker.turn().map_err(|errno| {
-                Error::system(Kind::Kernel, "io_uring: cannot wait for completions", errno, "")
+                let what = format!("{}: cannot wait for completions", E::NAME);
+                Error::system(Kind::Kernel, what, errno, "")
             })?;
             if woken.command {
                 self.obey(reporter);

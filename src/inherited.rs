@@ -1,7 +1,7 @@
 //! Descriptors given by number: taking them over, and checking that they are what they should be.
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -81,14 +81,7 @@ pub fn check_connected(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> 
         return Err(wrong(option, fd, "is not connected"));
     }
     prepare(socket);
-    set_nonblocking(socket).map_err(|errno| unusable(option, fd, errno))
-}
-
-/// Makes operations on the socket return instead of waiting.
-pub fn set_nonblocking(socket: impl AsFd) -> std::result::Result<(), Errno> {
-    let flags = fcntl(&socket, FcntlArg::F_GETFL)?;
-    let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
-    fcntl(&socket, FcntlArg::F_SETFL(flags)).map(drop)
+    crate::sys::set_nonblocking(socket).map_err(|errno| unusable(option, fd, errno))
 }
 
 fn check_stream(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> {

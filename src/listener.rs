@@ -16,9 +16,8 @@ use nix::unistd::write;
 use crate::config::Handoff;
 use crate::error::{Error, Kind, Result};
 use crate::handoff::{Channel, MAX_SOCKETS, Message};
-use crate::inherited::set_nonblocking;
 use crate::process::{ListenPart, Wake, wait_any};
-use crate::sys::SharedCounters;
+use crate::sys::{SharedCounters, set_nonblocking};
 use crate::{log, netns};
 
 /// Connections accepted before those accepted so far are handed over.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::epoll::{Epoll, EpollFlags, EpollOp};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::sys::stat::Mode;
 use nix::unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, fork as nix_fork};
@@ -43,6 +44,13 @@ pub(crate) fn own(fd: RawFd) -> Result<OwnedFd, Errno> {
     }
     // SAFETY: the caller got the number from the kernel in this moment, so it is the only owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Makes operations on the socket return instead of waiting. Errors as fcntl(2).
+pub(crate) fn set_nonblocking(socket: impl AsFd) -> Result<(), Errno> {
+    let flags = fcntl(&socket, FcntlArg::F_GETFL)?;
+    let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
+    fcntl(&socket, FcntlArg::F_SETFL(flags)).map(drop)
 }
 
 /// A descriptor that becomes readable when process `pid`, a child, ends. Errors as pidfd_open(2).
@@ -82,6 +90,38 @@ pub(crate) fn reset(socket: impl AsFd) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
+/// epoll_ctl(2) by number: what is reported later names nothing but that number, which is also how
+/// a descriptor nobody waits for any more is known. Errors as epoll_ctl(2).
+pub(crate) fn epoll_ctl(
+    epoll: &Epoll,
+    op: EpollOp,
+    fd: RawFd,
+    events: EpollFlags,
+) -> Result<(), Errno> {
+    let mut event = libc::epoll_event { events: events.bits() as u32, u64: fd as u64 };
+    let epoll = epoll.0.as_raw_fd();
+    // SAFETY: the event lives until the call returns, and the rest are numbers.
+    Errno::result(unsafe { libc::epoll_ctl(epoll, op as i32, fd, &raw mut event) }).map(drop)
+}
+
+/// Takes the failure that waits to be told by the socket. Errors as that, or as getsockopt(2).
+pub(crate) fn take_error(socket: RawFd) -> Result<(), Errno> {
+    let mut error: libc::c_int = 0;
+    let mut length = size_of_val(&error) as libc::socklen_t;
+    // SAFETY: SO_ERROR is one int, for which there is room until the call returns.
+    let result = unsafe {
+        libc::getsockopt(
+            socket,
+            libc::SOL_SOCKET,
+            libc::SO_ERROR,
+            (&raw mut error).cast(),
+            &raw mut length,
+        )
+    };
+    Errno::result(result)?;
+    if error == 0 { Ok(()) } else { Err(Errno::from_raw(error)) }
+}
+
 /// From `asm-generic/sockios.h`; the crates do not have it.
 const SIOCATMARK: libc::Ioctl = 0x8905;
 
@@ -96,9 +136,15 @@ pub(crate) fn unsent(socket: impl AsFd) -> Result<u32, Errno> {
     int_ioctl(socket, libc::TIOCOUTQ).map(|bytes| bytes.max(0) as u32)
 }
 
+/// Bytes that can be received. Errors as ioctl(2) SIOCINQ.
+pub(crate) fn unread(socket: impl AsFd) -> Result<u32, Errno> {
+    // SIOCINQ has the number of FIONREAD.
+    int_ioctl(socket, libc::FIONREAD).map(|bytes| bytes.max(0) as u32)
+}
+
 fn int_ioctl(socket: impl AsFd, request: libc::Ioctl) -> Result<i32, Errno> {
     let mut value: libc::c_int = 0;
-    // SAFETY: both requests that are used here write one int, to a variable that outlives them.
+    // SAFETY: each request that is used here writes one int, to a variable that outlives them.
     let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), request, &raw mut value) };
     Errno::result(result).map(|_| value)
 }

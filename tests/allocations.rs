@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use nsplice::config::Transfer;
+use nsplice::engine::Start;
 use nsplice::engine::uring::Uring;
 use nsplice::log::Log;
 use nsplice::worker::{Settings, Worker};
@@ -82,7 +83,7 @@ impl Observed {
         let (count, over) = (Arc::clone(&asked), Arc::clone(&is_over));
         let held = Arc::clone(&held_bytes);
         let thread = std::thread::spawn(move || {
-            let engine = Uring::new(Some(target), 1 << 20, 0).unwrap();
+            let engine = Uring::start(Some(target), 1 << 20, 0).unwrap();
             let settings =
                 Settings { transfer, grace_ms: 1000, target: target.to_string(), single: false };
             let (log, _) = Log::start(false).unwrap();

@@ -143,7 +143,8 @@ fn copying_asks_nothing_of_the_kernel_but_by_the_ring() {
     };
     namespaces!(clients, targets);
     let server = Server::start(&targets, "rr", "64");
-    let launch = Launch::nsplice().option("--transfer", "copy").option("--workers", "1");
+    let launch = Launch::nsplice().engine("uring").option("--transfer", "copy");
+    let launch = launch.option("--workers", "1");
     let forwarder = forwarder(launch, &clients, &targets, &server);
     let mut busy = client(&clients, &forwarder, SHORT_MESSAGES).stdout(Stdio::piped()).spawn();
     let busy = busy.as_mut().unwrap();
@@ -176,7 +177,7 @@ fn a_turn_is_one_entry_into_the_kernel() {
     };
     namespaces!(clients, targets);
     let server = Server::start(&targets, "rr", "64");
-    let launch = Launch::nsplice().option("--workers", "1");
+    let launch = Launch::nsplice().engine("uring").option("--workers", "1");
     let forwarder = forwarder(launch, &clients, &targets, &server);
     let trace = Trace::start(strace, &forwarder);
     let report = report(client(&clients, &forwarder, SHORT_MESSAGES));

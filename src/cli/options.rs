@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::str::FromStr;
 
 use super::values::{CpuList, Microseconds, PipeSize, Seconds, Workers};
-use crate::config::{Handoff, NetnsSource, SummaryFormat, Transfer};
+use crate::config::{Engine, Handoff, NetnsSource, SummaryFormat, Transfer};
 
 /// Options that belong together, under one heading.
 pub(super) struct Section {
@@ -139,6 +139,14 @@ const CONNECT_SIDE: &[Opt] = &[
 const FORWARDING: &[Opt] = &[
     Opt {
         short: None,
+        long: "--engine",
+        value: Some(ENGINE),
+        help: "Wait for the kernel with io_uring or with epoll; auto takes io_uring, or epoll \
+               where the kernel has no io_uring or does not allow it",
+        default: Some("auto"),
+    },
+    Opt {
+        short: None,
         long: "--handoff",
         value: Some(HANDOFF),
         help: "Pass the connector the listening socket, once, or each accepted connection",
@@ -237,6 +245,8 @@ const NETNS: Value =
     Value { name: "NETNS", form: "a path, a name or pid:N", check: check::<NetnsSource> };
 const HANDOFF: Value =
     Value { name: "socket|connections", form: "socket or connections", check: check::<Handoff> };
+const ENGINE: Value =
+    Value { name: "auto|uring|epoll", form: "auto, uring or epoll", check: check::<Engine> };
 const TRANSFER: Value =
     Value { name: "auto|copy|splice", form: "auto, copy or splice", check: check::<Transfer> };
 const PIPE_SIZE: Value =

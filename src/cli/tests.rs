@@ -134,6 +134,7 @@ fn two_addresses_are_enough() {
                     netns: None,
                 },
             }],
+            engine: Engine::Auto,
             handoff: Handoff::Socket,
             transfer: Transfer::Auto,
             workers: None,
@@ -153,7 +154,8 @@ fn two_addresses_are_enough() {
 fn every_option_reaches_the_configuration() {
     let typed = "-l 127.0.0.1:1 -c 127.0.0.1:2 -f blue -t pid:7 --handoff connections \
                  --transfer copy --workers 3 --cpus 2,0-1 --no-pin --pipe-size 64K \
-                 --busy-poll 50 --reset-timeout 1.5 -v --ready-fd 9 --summary json";
+                 --busy-poll 50 --reset-timeout 1.5 -v --ready-fd 9 --summary json \
+                 --engine epoll";
     let netns = |option, source| Some(Netns { option, source });
     assert_eq!(
         config(&typed.split_whitespace().collect::<Vec<_>>()),
@@ -168,6 +170,7 @@ fn every_option_reaches_the_configuration() {
                     netns: netns("-t", NetnsSource::Pid(7)),
                 },
             }],
+            engine: Engine::Epoll,
             handoff: Handoff::Connections,
             transfer: Transfer::Copy,
             workers: Some(3),

@@ -8,7 +8,7 @@ use std::num::ParseIntError;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use crate::config::{Handoff, NetnsSource, SummaryFormat, Transfer};
+use crate::config::{Engine, Handoff, NetnsSource, SummaryFormat, Transfer};
 
 /// More threads than CPUs only cost; more CPUs than this no `cpu_set_t` can name.
 const WORKERS: RangeInclusive<usize> = 1..=1024;
@@ -150,6 +150,19 @@ impl FromStr for Handoff {
     }
 }
 
+impl FromStr for Engine {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "uring" => Ok(Self::Uring),
+            "epoll" => Ok(Self::Epoll),
+            _ => Err(UNKNOWN_WORD.into()),
+        }
+    }
+}
+
 impl FromStr for Transfer {
     type Err = String;
 
@@ -269,6 +282,7 @@ mod tests {
     fn words_are_taken_whole() {
         assert_eq!("connections".parse(), Ok(Handoff::Connections));
         assert_eq!("splice".parse(), Ok(Transfer::Splice));
+        assert_eq!("epoll".parse(), Ok(Engine::Epoll));
         assert_eq!("json".parse(), Ok(SummaryFormat::Json));
         assert!("sock".parse::<Handoff>().is_err());
         assert!("Auto".parse::<Transfer>().is_err());

@@ -5,12 +5,17 @@
 //! request's [`Token`]; the other calls are done when they return. An engine knows no flow: it
 //! keeps no state about a connection.
 
-pub(crate) mod buffers;
+mod calls;
+pub mod epoll;
 pub mod uring;
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 
 use nix::errno::Errno;
 use nix::sys::socket::SockaddrStorage;
 
+use crate::error::Error;
 use crate::flow::Op;
 
 /// Names a request, and through it what the completion is about.
@@ -191,7 +196,7 @@ pub trait Engine {
     fn pause(&mut self, token: Token, ms: u32);
     /// Ends the requests with this token early. Their completions still come.
     fn cancel(&mut self, token: Token);
-    /// Closes a socket that has no request in flight.
+    /// Closes a socket that has no request in flight. One that had some must be closed so.
     fn close(&mut self, socket: Self::Socket);
 
     /// A new socket for the target, ready to be connected.
@@ -235,6 +240,24 @@ pub trait Engine {
     fn wait(&mut self, sleep: Sleep) -> Result<(), Errno>;
     /// The next completion that is there.
     fn completion(&mut self) -> Option<Completion<Self::Socket>>;
+}
+
+/// An engine on the real kernel, for the thread that starts it.
+pub trait Start: Engine<Socket = OwnedFd> + Sized {
+    /// What it is called, in options and in the summary.
+    const NAME: &'static str;
+
+    /// An engine for the calling thread, which must be the only one to use it. It connects to
+    /// `target`, if there is one, and splices through pipes of `pipe_size_bytes`. When there is
+    /// nothing to do it looks for work for `busy_poll_us` microseconds before it sleeps.
+    ///
+    /// # Errors
+    /// [`Kind::Kernel`](crate::error::Kind::Kernel).
+    fn start(
+        target: Option<SocketAddr>,
+        pipe_size_bytes: u32,
+        busy_poll_us: u32,
+    ) -> Result<Self, Error>;
 }
 
 #[cfg(test)]

@@ -16,19 +16,18 @@ use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::{
-    self as net, MsgFlags, Shutdown, SockFlag, SockType, SockaddrLike, SockaddrStorage,
-    getpeername, setsockopt, shutdown, socket, sockopt,
-};
+use nix::sys::socket::{SockaddrLike, SockaddrStorage};
 
-use self::setup::{CQ_ENTRIES, build_ring, errno_of, refused};
-use super::buffers::{Buffers, GROUP};
-use super::{Buffer, Completion, Engine, Outcome, Sleep, Token};
+use self::buffers::{Buffers, GROUP};
+pub use self::setup::probe;
+use self::setup::{CQ_ENTRIES, Refusal, SQ_ENTRIES, build_ring, errno_of};
+use super::{Buffer, Completion, Engine, Outcome, Sleep, Start, Token, calls};
 use crate::error::{Error, Kind};
 use crate::flow::Op;
 use crate::flow::half::BUFFER_BYTES;
 use crate::pipe::{Pipe, PipePool};
 
+mod buffers;
 mod setup;
 
 /// From the kernel's `io_uring.h`; the crate keeps them to itself.
@@ -53,31 +52,6 @@ pub struct Uring {
 }
 
 impl Uring {
-    /// A ring for the calling thread, which must be the only one to use it. It connects to
-    /// `target`, if there is one, and splices through pipes of `pipe_size_bytes`. When there is
-    /// nothing to do it looks for work for `busy_poll_us` microseconds before it sleeps.
-    pub fn new(
-        target: Option<SocketAddr>,
-        pipe_size_bytes: u32,
-        busy_poll_us: u32,
-    ) -> Result<Self, Error> {
-        let ring = build_ring().map_err(|error| refused("set up a ring", &error))?;
-        let mut buffers = Buffers::new()
-            .map_err(|errno| Error::system(Kind::Kernel, "cannot map buffers", errno, ""))?;
-        buffers.register(&ring).map_err(|error| refused("register buffers", &error))?;
-        let no_iowait = ring.params().is_feature_no_iowait();
-        Ok(Self {
-            ring,
-            buffers,
-            pipes: PipePool::new(pipe_size_bytes),
-            target: target.map(|target| Box::new(SockaddrStorage::from(target))),
-            inbox: VecDeque::with_capacity(CQ_ENTRIES as usize),
-            pauses: BTreeMap::new(),
-            busy_poll: Duration::from_micros(busy_poll_us.into()),
-            enter_flags: ENTER_GETEVENTS | if no_iowait { ENTER_NO_IOWAIT } else { 0 },
-        })
-    }
-
     fn push(&mut self, token: Token, entry: squeue::Entry) {
         self.push_chain(&[entry.user_data(token.encode())]);
     }
@@ -189,6 +163,32 @@ impl Uring {
     }
 }
 
+impl Start for Uring {
+    const NAME: &'static str = "uring";
+
+    fn start(
+        target: Option<SocketAddr>,
+        pipe_size_bytes: u32,
+        busy_poll_us: u32,
+    ) -> Result<Self, Error> {
+        let ring = build_ring(SQ_ENTRIES).map_err(Refusal::to("set up a ring"))?;
+        let mut buffers = Buffers::new()
+            .map_err(|errno| Error::system(Kind::Kernel, "cannot map buffers", errno, ""))?;
+        buffers.register(&ring).map_err(Refusal::to("register buffers"))?;
+        let no_iowait = ring.params().is_feature_no_iowait();
+        Ok(Self {
+            ring,
+            buffers,
+            pipes: PipePool::new(pipe_size_bytes),
+            target: target.map(|target| Box::new(SockaddrStorage::from(target))),
+            inbox: VecDeque::with_capacity(CQ_ENTRIES as usize),
+            pauses: BTreeMap::new(),
+            busy_poll: Duration::from_micros(busy_poll_us.into()),
+            enter_flags: ENTER_GETEVENTS | if no_iowait { ENTER_NO_IOWAIT } else { 0 },
+        })
+    }
+}
+
 impl Engine for Uring {
     type Socket = OwnedFd;
     type Pipe = Pipe;
@@ -264,47 +264,35 @@ impl Engine for Uring {
     }
 
     fn target_socket(&mut self) -> Result<OwnedFd, Errno> {
-        let target = self.target.as_ref().ok_or(Errno::EDESTADDRREQ)?;
-        let family = target.family().ok_or(Errno::EAFNOSUPPORT)?;
-        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-        let socket = socket(family, SockType::Stream, flags, None)?;
-        setsockopt(&socket, sockopt::TcpNoDelay, &true)?;
-        setsockopt(&socket, sockopt::OobInline, &true)?;
-        Ok(socket)
+        calls::target_socket(self.target.as_deref())
     }
 
     fn shutdown(&mut self, socket: &OwnedFd) {
-        // ENOTCONN: the peer has reset it; reading tells.
-        let _ = shutdown(socket.as_raw_fd(), Shutdown::Write);
+        calls::shutdown(socket);
     }
 
     fn reset(&mut self, socket: &OwnedFd) {
-        // It fails when the peer has reset it first, and for unix-domain sockets, which have no
-        // reset: closing is all that can be done.
-        let _ = crate::sys::reset(socket);
+        calls::reset(socket);
     }
 
     fn is_at_mark(&self, socket: &OwnedFd) -> bool {
-        crate::sys::is_at_mark(socket).unwrap_or(false)
+        calls::is_at_mark(socket)
     }
 
     fn recv_urgent(&mut self, socket: &OwnedFd) -> Result<Option<u8>, Errno> {
-        let mut byte = [0];
-        let length = net::recv(socket.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT)?;
-        Ok((length > 0).then_some(byte[0]))
+        calls::recv_urgent(socket)
     }
 
     fn send_urgent(&mut self, socket: &OwnedFd, byte: u8) -> Result<(), Errno> {
-        let flags = MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        net::send(socket.as_raw_fd(), &[byte], flags).map(drop)
+        calls::send_urgent(socket, byte)
     }
 
     fn unsent(&self, socket: &OwnedFd) -> u32 {
-        crate::sys::unsent(socket).unwrap_or(0)
+        calls::unsent(socket)
     }
 
     fn peer(&self, socket: &OwnedFd) -> Option<SockaddrStorage> {
-        getpeername(socket.as_raw_fd()).ok()
+        calls::peer(socket)
     }
 
     fn give_back(&mut self, buffer: Buffer) {

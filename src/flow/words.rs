@@ -78,6 +78,17 @@ impl Op {
             Op::Pause => 9,
         }
     }
+
+    /// The side whose socket it is about; `None`: neither's.
+    pub fn side(self) -> Option<Side> {
+        match self {
+            Op::Connect => Some(Side::Connect),
+            Op::Recv(half) | Op::Readable(half) => Some(half),
+            Op::Send(half) => Some(!half),
+            Op::Watch(side) => Some(side),
+            Op::Pause => None,
+        }
+    }
 }
 
 /// What the flow wants done.

@@ -38,15 +38,7 @@ impl<E: Engine> Tenant<E> {
 
     /// Begins a request of the flow.
     pub(super) fn start(&self, engine: &mut E, token: Token, op: Op) {
-        let side = match op {
-            Op::Connect => Side::Connect,
-            Op::Recv(half) | Op::Readable(half) => half,
-            Op::Send(half) => !half,
-            Op::Watch(side) => side,
-            Op::Pause => {
-                return engine.pause(token, self.flow.pause_ms());
-            }
-        };
+        let Some(side) = op.side() else { return engine.pause(token, self.flow.pause_ms()) };
         let socket = &self.sockets[side.index()];
         match op {
             Op::Connect => engine.connect(token, socket),

@@ -11,10 +11,12 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
+use super::engine::{Wanted, answer, without_fallback};
 use super::{Netns, PATIENCE, Process, eventually};
 
 /// Which forwarder.
@@ -51,6 +53,8 @@ pub struct Launch {
     home: Option<Netns>,
     from: Option<Netns>,
     uid: Option<u32>,
+    /// System calls, and what the kernel answers to them.
+    answers: Vec<(libc::c_long, Errno)>,
     listens: Listens,
 }
 
@@ -73,9 +77,9 @@ enum Listens {
 
 impl Launch {
     pub fn new(program: Program) -> Self {
-        let (args, inherited) = (Vec::new(), Vec::new());
+        let (args, inherited, answers) = (Vec::new(), Vec::new(), Vec::new());
         let (home, from, uid, file) = (None, None, None, None);
-        Self { program, file, args, inherited, home, from, uid, listens: Listens::No }
+        Self { program, file, args, inherited, home, from, uid, answers, listens: Listens::No }
     }
 
     pub fn nsplice() -> Self {
@@ -148,6 +152,32 @@ impl Launch {
         self
     }
 
+    /// Tells the program its engine, whatever `NSPLICE_TEST_ENGINE` says.
+    pub fn engine(self, name: &str) -> Self {
+        self.option("--engine", name)
+    }
+
+    /// A seccomp filter answers the system call `number` with `errno`.
+    pub fn answering(mut self, number: libc::c_long, errno: Errno) -> Self {
+        self.answers.push((number, errno));
+        self
+    }
+
+    /// Does as `NSPLICE_TEST_ENGINE` says, unless the test itself says what engine there is to be.
+    fn want_engine(&mut self) -> Wanted {
+        let is_told = self.args.iter().any(|arg| arg == "--engine");
+        if is_told || !self.answers.is_empty() || self.program != Program::Nsplice {
+            return Wanted::Any;
+        }
+        let wanted = Wanted::from_env();
+        match wanted {
+            Wanted::Any => {}
+            Wanted::Told(name) => self.args.extend(["--engine".into(), name.into()]),
+            Wanted::Refused(errno) => self.answers.push((libc::SYS_io_uring_setup, errno)),
+        }
+        wanted
+    }
+
     /// Runs the program as another user. `file` is a copy of it that this user may execute.
     pub fn run_as(mut self, uid: u32, file: PathBuf) -> Self {
         self.uid = Some(uid);
@@ -203,6 +233,7 @@ impl Launch {
     }
 
     fn spawn(&mut self, address: Option<SocketAddr>) -> Forwarder {
+        let engine = self.want_engine();
         let file = self.file.clone().unwrap_or_else(|| self.program.path().unwrap());
         let mut command = Command::new(file);
         command.args(&self.args);
@@ -215,11 +246,15 @@ impl Launch {
         let inherited = std::mem::take(&mut self.inherited);
         let pairs: Vec<_> = inherited.iter().map(|one| (one.fd.as_raw_fd(), one.number)).collect();
         let uid = self.uid;
+        let answers = std::mem::take(&mut self.answers);
         // SAFETY: only system calls; nothing is allocated and no lock is taken.
         unsafe {
             command.pre_exec(move || {
                 for &(fd, number) in &pairs {
                     inherit(fd, number)?;
+                }
+                for &(number, errno) in &answers {
+                    answer(number, errno)?;
                 }
                 match uid {
                     Some(uid) => nix::unistd::setuid(uid.into()).map_err(Into::into),
@@ -236,7 +271,7 @@ impl Launch {
         let listener =
             Process::of(parent.id() as i32).expect("a child that is not reaped is there");
         let program = self.program;
-        Forwarder { program, parent, listener, connector: None, address, stdout, stderr }
+        Forwarder { program, engine, parent, listener, connector: None, address, stdout, stderr }
     }
 }
 
@@ -252,6 +287,7 @@ fn inherit(fd: RawFd, number: RawFd) -> std::io::Result<()> {
 /// A running forwarder. Dropped, it is killed.
 pub struct Forwarder {
     program: Program,
+    engine: Wanted,
     parent: Child,
     /// The process that was started: the one a user sees.
     pub listener: Process,
@@ -316,9 +352,10 @@ impl Forwarder {
         assert!(!threads.iter().any(|name| name.starts_with("iou-wrk")), "{threads:?}");
     }
 
-    /// What it has written to standard error so far.
+    /// What it has written to standard error so far, but for what `NSPLICE_TEST_ENGINE` causes.
     pub fn stderr(&self) -> String {
-        self.stderr.text()
+        let text = self.stderr.text();
+        if matches!(self.engine, Wanted::Refused(_)) { without_fallback(&text) } else { text }
     }
 
     /// Asks it to end, waits for that, and checks that nothing is left.
@@ -339,7 +376,13 @@ impl Forwarder {
         eventually("all its processes end", || {
             (self.stdout.is_complete() && self.stderr.is_complete()).then_some(())
         });
-        Exit { status, stdout: self.stdout.text(), stderr: self.stderr.text() }
+        let exit = Exit { status, stdout: self.stdout.text(), stderr: self.stderr() };
+        if let Some(name) = self.engine.name()
+            && exit.stdout.starts_with('{')
+        {
+            assert_eq!(exit.summary()["engine"], name, "NSPLICE_TEST_ENGINE has no effect");
+        }
+        exit
     }
 
     #[track_caller]

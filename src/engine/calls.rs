@@ -1,0 +1,52 @@
+//! What is done at once: the plain system calls, the same whichever engine waits for the rest.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    self as net, MsgFlags, Shutdown, SockFlag, SockType, SockaddrLike, SockaddrStorage,
+    getpeername, setsockopt, socket, sockopt,
+};
+
+pub(super) fn target_socket(target: Option<&SockaddrStorage>) -> Result<OwnedFd, Errno> {
+    let family = target.ok_or(Errno::EDESTADDRREQ)?.family().ok_or(Errno::EAFNOSUPPORT)?;
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let socket = socket(family, SockType::Stream, flags, None)?;
+    setsockopt(&socket, sockopt::TcpNoDelay, &true)?;
+    setsockopt(&socket, sockopt::OobInline, &true)?;
+    Ok(socket)
+}
+
+pub(super) fn shutdown(socket: &OwnedFd) {
+    // ENOTCONN: the peer has reset it; reading tells.
+    let _ = net::shutdown(socket.as_raw_fd(), Shutdown::Write);
+}
+
+pub(super) fn reset(socket: &OwnedFd) {
+    // It fails when the peer has reset it first, and for unix-domain sockets, which have no
+    // reset: closing is all that can be done.
+    let _ = crate::sys::reset(socket);
+}
+
+pub(super) fn is_at_mark(socket: &OwnedFd) -> bool {
+    crate::sys::is_at_mark(socket).unwrap_or(false)
+}
+
+pub(super) fn recv_urgent(socket: &OwnedFd) -> Result<Option<u8>, Errno> {
+    let mut byte = [0];
+    let length = net::recv(socket.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT)?;
+    Ok((length > 0).then_some(byte[0]))
+}
+
+pub(super) fn send_urgent(socket: &OwnedFd, byte: u8) -> Result<(), Errno> {
+    let flags = MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    net::send(socket.as_raw_fd(), &[byte], flags).map(drop)
+}
+
+pub(super) fn unsent(socket: &OwnedFd) -> u32 {
+    crate::sys::unsent(socket).unwrap_or(0)
+}
+
+pub(super) fn peer(socket: &OwnedFd) -> Option<SockaddrStorage> {
+    getpeername(socket.as_raw_fd()).ok()
+}
