@@ -90,15 +90,16 @@ pub(crate) fn reset(socket: impl AsFd) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
-/// epoll_ctl(2) by number: what is reported later names nothing but that number, which is also how
-/// a descriptor nobody waits for any more is known. Errors as epoll_ctl(2).
+/// epoll_ctl(2) by number: what is reported names no more than `data`, from which the number is
+/// known. Errors as epoll_ctl(2).
 pub(crate) fn epoll_ctl(
     epoll: &Epoll,
     op: EpollOp,
     fd: RawFd,
     events: EpollFlags,
+    data: u64,
 ) -> Result<(), Errno> {
-    let mut event = libc::epoll_event { events: events.bits() as u32, u64: fd as u64 };
+    let mut event = libc::epoll_event { events: events.bits() as u32, u64: data };
     let epoll = epoll.0.as_raw_fd();
     // SAFETY: the event lives until the call returns, and the rest are numbers.
     Errno::result(unsafe { libc::epoll_ctl(epoll, op as i32, fd, &raw mut event) }).map(drop)

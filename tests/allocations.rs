@@ -18,6 +18,7 @@ use std::thread::JoinHandle;
 
 use nsplice::config::Transfer;
 use nsplice::engine::Start;
+use nsplice::engine::epoll::Epoll;
 use nsplice::engine::uring::Uring;
 use nsplice::log::Log;
 use nsplice::worker::{Settings, Worker};
@@ -73,7 +74,7 @@ struct Observed {
 }
 
 impl Observed {
-    fn start(transfer: Transfer) -> Self {
+    fn start<E: Start>(transfer: Transfer) -> Self {
         let listen = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let (clients, targets) = (listen(), listen());
         let (address, target) = (clients.local_addr().unwrap(), targets.local_addr().unwrap());
@@ -83,7 +84,7 @@ impl Observed {
         let (count, over) = (Arc::clone(&asked), Arc::clone(&is_over));
         let held = Arc::clone(&held_bytes);
         let thread = std::thread::spawn(move || {
-            let engine = Uring::start(Some(target), 1 << 20, 0).unwrap();
+            let engine = E::start(Some(target), 1 << 20, 0).unwrap();
             let settings =
                 Settings { transfer, grace_ms: 1000, target: target.to_string(), single: false };
             let (log, _) = Log::start(false).unwrap();
@@ -127,8 +128,13 @@ const CONNECTIONS: usize = 32;
 
 #[test]
 fn messages_and_bulk_ask_for_no_memory() {
+    exchange_messages_and_bulk::<Uring>();
+    exchange_messages_and_bulk::<Epoll>();
+}
+
+fn exchange_messages_and_bulk<E: Start>() {
     for transfer in [Transfer::Auto, Transfer::Copy, Transfer::Splice] {
-        let observed = Observed::start(transfer);
+        let observed = Observed::start::<E>(transfer);
         let pairs: Vec<_> = (0..CONNECTIONS).map(|_| observed.connection()).collect();
         for bytes in [1, 64, 4096, 100_000] {
             let asked = observed.asked_for(|| {
@@ -142,7 +148,7 @@ fn messages_and_bulk_ask_for_no_memory() {
                     client.read_exact(&mut got).unwrap();
                 }
             });
-            assert_eq!(asked, 0, "{transfer:?}, messages of {bytes} bytes");
+            assert_eq!(asked, 0, "{}, {transfer:?}, messages of {bytes} bytes", E::NAME);
         }
         let asked = observed.asked_for(|| {
             let (client, server) = &pairs[0];
@@ -151,7 +157,7 @@ fn messages_and_bulk_ask_for_no_memory() {
                 exchange(client, 1, 2, 50_000_000);
             });
         });
-        assert_eq!(asked, 0, "{transfer:?}, bulk");
+        assert_eq!(asked, 0, "{}, {transfer:?}, bulk", E::NAME);
         drop(pairs);
         observed.stop();
     }
@@ -159,7 +165,12 @@ fn messages_and_bulk_ask_for_no_memory() {
 
 #[test]
 fn connections_ask_for_no_memory() {
-    let observed = Observed::start(Transfer::Auto);
+    open_and_close_connections::<Uring>();
+    open_and_close_connections::<Epoll>();
+}
+
+fn open_and_close_connections<E: Start>() {
+    let observed = Observed::start::<E>(Transfer::Auto);
     let asked = observed.asked_for(|| {
         for _ in 0..500 {
             let (mut client, mut server) = observed.connection();
@@ -169,7 +180,7 @@ fn connections_ask_for_no_memory() {
             assert_eq!(client.read(&mut [0]).unwrap(), 0);
         }
     });
-    assert_eq!(asked, 0);
+    assert_eq!(asked, 0, "{}", E::NAME);
     observed.stop();
 }
 
@@ -178,10 +189,15 @@ const IDLE_BYTES_MAX: i64 = 512;
 
 #[test]
 fn an_idle_connection_keeps_little_memory() {
+    keep_idle_connections::<Uring>();
+    keep_idle_connections::<Epoll>();
+}
+
+fn keep_idle_connections<E: Start>() {
     // With the first, one more than a table has room for that doubles: the most it has for each.
     const MORE_CONNECTIONS: usize = 512;
     for transfer in [Transfer::Auto, Transfer::Copy, Transfer::Splice] {
-        let observed = Observed::start(transfer);
+        let observed = Observed::start::<E>(transfer);
         let message = vec![7; 20_000];
         let connection = || {
             let (client, server) = observed.connection();
@@ -197,7 +213,8 @@ fn an_idle_connection_keeps_little_memory() {
         let held_bytes = observed.held_bytes.load(Ordering::Acquire) - before;
         let for_each = held_bytes / MORE_CONNECTIONS as i64;
         // Something must be kept: the count would be wrong otherwise.
-        assert!((64..IDLE_BYTES_MAX).contains(&for_each), "{transfer:?}: {for_each} bytes");
+        let range = 64..IDLE_BYTES_MAX;
+        assert!(range.contains(&for_each), "{}, {transfer:?}: {for_each} bytes", E::NAME);
         drop((first, more));
         observed.stop();
     }

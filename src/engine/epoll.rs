@@ -22,7 +22,7 @@ use nix::sys::epoll::{EpollFlags, EpollTimeout};
 use nix::sys::socket::{self as net, MsgFlags, SockFlag, SockaddrStorage, accept4};
 
 use self::buffers::Buffers;
-use self::interest::{Interest, Report};
+use self::interest::{EVENTS, Interest, Report, State};
 use self::timers::Timers;
 use super::{Buffer, Completion, Engine, Outcome, Sleep, Start, Token, calls};
 use crate::error::{Error, Kind};
@@ -38,11 +38,6 @@ mod timers;
 /// After this time a request that could not be made because the kernel has no memory for it
 /// completes nevertheless.
 const NO_MEMORY_PAUSE: Duration = Duration::from_millis(10);
-
-const CONNECTED: EpollFlags = EpollFlags::EPOLLOUT;
-const READABLE: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLPRI);
-/// Exclusive: a client wakes one of the workers that wait, the one that has waited longest.
-const CLIENT: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLEXCLUSIVE);
 
 /// An engine on epoll.
 pub struct Epoll {
@@ -63,8 +58,8 @@ impl Epoll {
         self.inbox.push_back(Completion { token, outcome });
     }
 
-    /// Has `token` complete when the descriptor is in one of the states `wanted`.
-    fn wait_for(&mut self, token: Token, fd: RawFd, wanted: EpollFlags) {
+    /// Has `token` complete when the descriptor is in the state `wanted`.
+    fn wait_for(&mut self, token: Token, fd: RawFd, wanted: State) {
         if let Err(errno) = self.interest.wait_for(token, fd, wanted) {
             self.timers.add(token, NO_MEMORY_PAUSE, errno);
         }
@@ -79,7 +74,8 @@ impl Epoll {
                 if result == Err(Errno::EAGAIN) {
                     return; // A sibling was faster.
                 }
-                self.interest.done_and_leave(fd);
+                // The next wait is to begin at the end of the listening socket's queue.
+                self.interest.leave(token);
                 Outcome::Accepted(result.and_then(crate::sys::own))
             }
             Token::Flow { op: Op::Watch(_), .. } => {
@@ -87,18 +83,18 @@ impl Epoll {
                 Outcome::Watched { writable, failed, armed: true }
             }
             Token::Flow { op: Op::Connect, .. } => {
-                self.interest.done(fd);
+                self.interest.done(token);
                 // A second connect(2) would tell, too, but it drops what a target had sent before
                 // it reset the connection.
                 let failed = has(EpollFlags::EPOLLERR);
                 Outcome::Done(if failed { crate::sys::take_error(fd) } else { Ok(()) })
             }
             Token::Flow { .. } => {
-                self.interest.done(fd);
+                self.interest.done(token);
                 Outcome::Readable(Ok(has(EpollFlags::EPOLLPRI)))
             }
             Token::Handoff | Token::Command | Token::Ignored => {
-                self.interest.done(fd);
+                self.interest.done(token);
                 Outcome::Done(Ok(()))
             }
         };
@@ -185,10 +181,10 @@ impl Start for Epoll {
         };
         Ok(Self {
             interest: Interest::new().map_err(refused)?,
-            reports: Vec::new(),
+            reports: Vec::with_capacity(2 * EVENTS),
             timers: Timers::default(),
             listening: None,
-            inbox: VecDeque::new(),
+            inbox: VecDeque::with_capacity(2 * EVENTS),
             buffers: Buffers::default(),
             pipes: PipePool::new(pipe_size_bytes),
             target: target.map(SockaddrStorage::from),
@@ -209,14 +205,14 @@ impl Engine for Epoll {
             // has the socket finds it changed, too: there is no such flag for a single call.
             let _ = crate::sys::set_nonblocking(listener);
         }
-        self.wait_for(token, fd, CLIENT);
+        self.wait_for(token, fd, State::HasClient);
     }
 
     fn connect(&mut self, token: Token, socket: &OwnedFd) {
         let fd = socket.as_raw_fd();
         let target = self.target.as_ref().ok_or(Errno::EDESTADDRREQ);
         match target.and_then(|target| net::connect(fd, target)) {
-            Err(Errno::EINPROGRESS) => self.wait_for(token, fd, CONNECTED),
+            Err(Errno::EINPROGRESS) => self.wait_for(token, fd, State::Connected),
             result => self.push(token, Outcome::Done(result)),
         }
     }
@@ -227,7 +223,7 @@ impl Engine for Epoll {
     }
 
     fn readable(&mut self, token: Token, socket: &OwnedFd) {
-        self.wait_for(token, socket.as_raw_fd(), READABLE);
+        self.wait_for(token, socket.as_raw_fd(), State::Readable);
     }
 
     fn send(&mut self, token: Token, socket: &OwnedFd, buffer: &Buffer) {
@@ -247,8 +243,13 @@ impl Engine for Epoll {
     }
 
     fn cancel(&mut self, token: Token) {
-        // All others have completed already.
-        if self.timers.remove(token) || self.interest.cancel(token) {
+        let is_ended = match token {
+            Token::Flow { op: Op::Watch(_), .. } => self.interest.unwatch(token),
+            // The first two have completed, and a pause is a timer.
+            Token::Flow { op: Op::Recv(_) | Op::Send(_) | Op::Pause, .. } => false,
+            _ => self.interest.leave(token),
+        };
+        if is_ended || self.timers.remove(token) {
             self.push(token, ended(token, Errno::ECANCELED));
         }
     }

@@ -8,24 +8,44 @@ use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 use super::set::Set;
 use crate::engine::Token;
 
-/// Reports taken with one call; more wait for the next.
-const EVENTS: usize = 256;
+/// Reports taken with one call of each set; more wait for the next.
+pub(super) const EVENTS: usize = 256;
 
-const NOTHING: EpollFlags = EpollFlags::empty();
 const CHANGE: EpollFlags = EpollFlags::EPOLLOUT.union(EpollFlags::EPOLLET);
 
-/// What is waited for at a descriptor.
-#[derive(Clone, Copy, Debug)]
-struct Entry {
-    /// The request that waits for a state.
-    waiting: Option<Token>,
-    /// The request that is told changes.
-    watching: Option<Token>,
-    /// What `states` reports.
-    armed: EpollFlags,
+/// A state that is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// A client can be accepted.
+    HasClient,
+    /// The socket is connected, or cannot be.
+    Connected,
+    /// There is something to read.
+    Readable,
 }
 
-const EMPTY: Entry = Entry { waiting: None, watching: None, armed: NOTHING };
+impl State {
+    fn events(self) -> EpollFlags {
+        match self {
+            // A client wakes one of the workers that wait, the one that has waited longest.
+            State::HasClient => EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE,
+            State::Connected => EpollFlags::EPOLLOUT,
+            State::Readable => EpollFlags::EPOLLIN | EpollFlags::EPOLLPRI,
+        }
+    }
+}
+
+/// Where the requests of one side of a slot are made, or all of one token.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    fd: RawFd,
+    /// What `states` was last told to report of the descriptor.
+    armed: State,
+    /// A request waits for that.
+    is_waiting: bool,
+}
+
+const NOWHERE: Place = Place { fd: -1, armed: State::Readable, is_waiting: false };
 
 /// What a request waits for has come.
 #[derive(Clone, Copy, Debug)]
@@ -39,82 +59,70 @@ pub(super) struct Interest {
     states: Set,
     /// In `states` itself.
     changes: Set,
-    /// By descriptor.
-    entries: Vec<Entry>,
-    /// The descriptors of each slot's requests, by side, to find what is to be cancelled.
-    places: Vec<[RawFd; 2]>,
+    /// By slot and side.
+    flows: Vec<[Place; 2]>,
+    /// Listening socket, channel and commands.
+    others: [Place; 3],
     events: Box<[EpollEvent]>,
 }
 
 impl Interest {
     /// Errors as epoll_create(2) and epoll_ctl(2).
     pub(super) fn new() -> Result<Self, Errno> {
-        let (states, changes) = (Set::new()?, Set::new()?);
-        states.change(changes.as_raw_fd(), NOTHING, EpollFlags::EPOLLIN)?;
+        let (mut states, changes) = (Set::new()?, Set::new()?);
+        let fd = changes.as_raw_fd();
+        // No request has this name, so it stands for the other set.
+        states.join(fd, EpollFlags::EPOLLIN, Token::Ignored.encode())?;
         let events = vec![EpollEvent::empty(); EVENTS].into();
-        Ok(Self { states, changes, entries: Vec::new(), places: Vec::new(), events })
+        Ok(Self { states, changes, flows: Vec::new(), others: [NOWHERE; 3], events })
     }
 
-    /// Has `token` reported when the descriptor is in one of the states `wanted`. Errors as
-    /// epoll_ctl(2): ENOMEM, ENOSPC.
-    pub(super) fn wait_for(
-        &mut self,
-        token: Token,
-        fd: RawFd,
-        wanted: EpollFlags,
-    ) -> Result<(), Errno> {
-        self.place(token, fd);
-        let armed = self.entry(fd).armed;
-        let result = self.states.change(fd, armed, wanted);
-        let entry = self.entry(fd);
-        match result {
-            Ok(()) => (entry.waiting, entry.armed) = (Some(token), wanted),
-            Err(_) => entry.armed = NOTHING,
+    /// Has `token` reported when the descriptor is in the state `wanted`. Errors as epoll_ctl(2):
+    /// ENOMEM, ENOSPC.
+    pub(super) fn wait_for(&mut self, token: Token, fd: RawFd, wanted: State) -> Result<(), Errno> {
+        let place = *self.place(token);
+        if place.fd != fd || place.armed != wanted || !self.states.has(fd) {
+            self.states.join(fd, wanted.events(), token.encode())?;
         }
-        result
+        *self.place(token) = Place { fd, armed: wanted, is_waiting: true };
+        Ok(())
     }
 
     /// Has `token` reported whenever the descriptor changes. Errors as epoll_ctl(2).
     pub(super) fn watch(&mut self, token: Token, fd: RawFd) -> Result<(), Errno> {
-        self.place(token, fd);
-        self.changes.change(fd, NOTHING, CHANGE)?;
-        self.entry(fd).watching = Some(token);
-        Ok(())
+        self.place(token).fd = fd;
+        self.changes.join(fd, CHANGE, token.encode())
     }
 
     /// The request has what it waited for. Its descriptor stays in the set: most often the next
     /// request wants the same.
-    pub(super) fn done(&mut self, fd: RawFd) {
-        self.entry(fd).waiting = None;
+    pub(super) fn done(&mut self, token: Token) {
+        self.place(token).is_waiting = false;
     }
 
-    /// The request has what it waited for, and the next one is to wait behind all others.
-    pub(super) fn done_and_leave(&mut self, fd: RawFd) {
-        self.done(fd);
-        self.disarm(fd);
-    }
-
-    /// Ends a request early; false if it does not wait for anything here.
-    pub(super) fn cancel(&mut self, token: Token) -> bool {
-        match token {
-            Token::Flow { index, op, .. } => {
-                let place = self.places.get(index as usize);
-                let fd = place.zip(op.side()).map(|(place, side)| place[side.index()]);
-                fd.is_some_and(|fd| self.take_back(token, fd))
-            }
-            // Few, and seldom.
-            _ => (0..self.entries.len()).any(|fd| self.take_back(token, fd as RawFd)),
+    /// Ends a request early, or one that has what it waited for and of which the next is to wait
+    /// behind all others. False if it does not wait for anything here.
+    pub(super) fn leave(&mut self, token: Token) -> bool {
+        let place = self.place(token);
+        let (fd, is_waiting) = (place.fd, std::mem::take(&mut place.is_waiting));
+        if is_waiting {
+            // Also because what wakes an exclusive wait wakes no other.
+            self.states.leave(fd);
         }
+        is_waiting
+    }
+
+    /// Ends a watch; false if there is none.
+    pub(super) fn unwatch(&mut self, token: Token) -> bool {
+        let fd = self.place(token).fd;
+        self.changes.leave(fd)
     }
 
     /// The descriptor is to be closed. That is not left to close(2): another process may have the
     /// socket, and then it would stay in the sets.
     pub(super) fn forget(&mut self, fd: RawFd) {
-        if self.entry(fd).watching.is_some() {
-            let _ = self.changes.change(fd, CHANGE, NOTHING);
-        }
-        self.disarm(fd);
-        *self.entry(fd) = EMPTY;
+        self.states.leave(fd);
+        self.changes.leave(fd);
     }
 
     /// Adds what there is to report to `reports`, after waiting for it. Errors as epoll_wait(2).
@@ -126,63 +134,43 @@ impl Interest {
         let mut has_changes = false;
         let count = self.states.wait(&mut self.events, timeout)?;
         for index in 0..count {
-            let (fd, events) = (self.events[index].data() as RawFd, self.events[index].events());
-            if fd == self.changes.as_raw_fd() {
+            let token = Token::decode(self.events[index].data());
+            let events = self.events[index].events();
+            if token == Token::Ignored {
                 has_changes = true;
                 continue;
             }
-            match self.entry(fd).waiting {
-                Some(token) => reports.push(Report { token, fd, events }),
-                None => self.disarm(fd),
+            let Place { fd, is_waiting, .. } = *self.place(token);
+            if is_waiting {
+                reports.push(Report { token, fd, events });
+            } else {
+                self.states.leave(fd);
             }
         }
         if has_changes {
             let count = self.changes.wait(&mut self.events, EpollTimeout::ZERO)?;
-            let of = |event: &EpollEvent| (event.data() as RawFd, event.events());
-            for (fd, events) in self.events[..count].iter().map(of) {
-                let watching = self.entries.get(fd as usize).and_then(|entry| entry.watching);
-                reports.extend(watching.map(|token| Report { token, fd, events }));
+            for index in 0..count {
+                let token = Token::decode(self.events[index].data());
+                let (fd, events) = (self.place(token).fd, self.events[index].events());
+                reports.push(Report { token, fd, events });
             }
         }
         Ok(())
     }
 
-    fn entry(&mut self, fd: RawFd) -> &mut Entry {
-        let index = fd as usize;
-        if index >= self.entries.len() {
-            self.entries.resize(index + 1, EMPTY);
-        }
-        &mut self.entries[index]
-    }
-
-    /// Remembers where the request is made.
-    fn place(&mut self, token: Token, fd: RawFd) {
-        if let Token::Flow { index, op, .. } = token
-            && let Some(side) = op.side()
-        {
-            let index = index as usize;
-            if index >= self.places.len() {
-                self.places.resize(index + 1, [-1; 2]);
+    fn place(&mut self, token: Token) -> &mut Place {
+        match token {
+            Token::Flow { index, op, .. } => {
+                let index = index as usize;
+                if index >= self.flows.len() {
+                    self.flows.resize(index + 1, [NOWHERE; 2]);
+                }
+                // Requests without a side are not made here.
+                &mut self.flows[index][op.side().map_or(0, |side| side.index())]
             }
-            self.places[index][side.index()] = fd;
+            Token::Accept => &mut self.others[0],
+            Token::Handoff => &mut self.others[1],
+            Token::Command | Token::Ignored => &mut self.others[2],
         }
-    }
-
-    /// Reports nothing of the descriptor's state any more.
-    fn disarm(&mut self, fd: RawFd) {
-        let armed = std::mem::replace(&mut self.entry(fd).armed, NOTHING);
-        // It is there, and leaving needs no memory.
-        let _ = self.states.change(fd, armed, NOTHING);
-    }
-
-    /// Ends the request early if it is made there.
-    fn take_back(&mut self, token: Token, fd: RawFd) -> bool {
-        let Some(entry) = self.entries.get_mut(fd as usize) else { return false };
-        if entry.watching == Some(token) {
-            entry.watching = None;
-            let _ = self.changes.change(fd, CHANGE, NOTHING);
-            return true;
-        }
-        entry.waiting.take_if(|waiting| *waiting == token).is_some()
     }
 }
