@@ -3,6 +3,7 @@
 mod accepting;
 mod cancelling;
 mod endings;
+mod epoll;
 mod namespaces;
 mod passing;
 mod pipes;
