@@ -95,6 +95,9 @@ pub struct Args {
     /// namespace to connect from (`-T`)
     #[argh(option)]
     pub connect_netns_fd: Option<u64>,
+    /// time to wait for a namespace
+    #[argh(option)]
+    pub wait_netns: Option<Seconds>,
     /// io_uring or epoll
     #[argh(option)]
     pub engine: Option<Engine>,
@@ -148,8 +151,14 @@ impl Args {
     /// [`Kind::Mix`] for options that do not go together and for a number no descriptor can have,
     /// with netns_tcp_bridge's texts, looked for in its order.
     pub fn into_config(self) -> Result<Config> {
+        let forward = Forward { listen: self.listen_side()?, connect: self.connect_side()? };
+        let has_name = forward.netns().any(Netns::is_named);
+        if self.wait_netns.is_some() && !has_name {
+            return Err(mix("--wait-netns waits for what -f or -t names, and neither is given"));
+        }
         Ok(Config {
-            forwards: vec![Forward { listen: self.listen_side()?, connect: self.connect_side()? }],
+            forwards: vec![forward],
+            wait_netns_ms: self.wait_netns.map_or(0, |Seconds { ms }| ms),
             ready_fd: fd("--ready-fd", self.ready_fd)?,
             engine: self.engine.unwrap_or_default(),
             handoff: self.handoff.unwrap_or_default(),

@@ -3,6 +3,7 @@
 //! [`crate::cli`] says what was typed; this module says what is to be done. It opens nothing and
 //! asks the kernel nothing.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -12,6 +13,8 @@ use std::path::PathBuf;
 pub struct Config {
     /// What to forward, and where to. The command line makes exactly one.
     pub forwards: Vec<Forward>,
+    /// How long to wait for namespaces to appear under their names, in milliseconds.
+    pub wait_netns_ms: u32,
     /// What the workers wait for the kernel with.
     pub engine: Engine,
     /// How accepted connections reach the connector.
@@ -142,20 +145,12 @@ impl Config {
     /// The inherited descriptors options name, each with its option.
     pub fn named_fds(&self) -> Vec<(&'static str, RawFd)> {
         let mut named: Vec<_> = self.ready_fd.map(|fd| ("--ready-fd", fd)).into_iter().collect();
-        for forward in &self.forwards {
-            let (listen_netns, connect_netns) = match (&forward.listen, &forward.connect) {
-                (ListenSide::Bind { netns: a, .. }, ConnectSide::Address { netns: b, .. }) => {
-                    (a, b)
-                }
-                (ListenSide::Bind { netns, .. }, _) => (netns, &None),
-                (_, ConnectSide::Address { netns, .. }) => (&None, netns),
-                _ => (&None, &None),
-            };
-            for netns in [listen_netns, connect_netns].into_iter().flatten() {
-                if let NetnsSource::Fd(fd) = netns.source {
-                    named.push((netns.option, fd));
-                }
+        for netns in self.netns() {
+            if let NetnsSource::Fd(fd) = netns.source {
+                named.push((netns.option, fd));
             }
+        }
+        for forward in &self.forwards {
             match forward.listen {
                 ListenSide::Bind { .. } => {}
                 ListenSide::Listener(fd) => named.push(("-L", fd)),
@@ -168,19 +163,48 @@ impl Config {
         named
     }
 
-    /// Whether any namespace option was given.
-    pub fn names_a_netns(&self) -> bool {
-        self.forwards.iter().any(|forward| {
-            matches!(forward.listen, ListenSide::Bind { netns: Some(_), .. })
-                || matches!(forward.connect, ConnectSide::Address { netns: Some(_), .. })
-        })
+    /// The namespaces that options name.
+    pub fn netns(&self) -> impl Iterator<Item = &Netns> {
+        self.forwards.iter().flat_map(Forward::netns)
     }
 }
 
 impl Forward {
+    /// The namespaces of both sides, as far as any are named.
+    pub fn netns(&self) -> impl Iterator<Item = &Netns> {
+        let listen = match &self.listen {
+            ListenSide::Bind { netns, .. } => netns.as_ref(),
+            ListenSide::Listener(_) | ListenSide::Accepted(_) => None,
+        };
+        let connect = match &self.connect {
+            ConnectSide::Address { netns, .. } => netns.as_ref(),
+            ConnectSide::Connected(_) => None,
+        };
+        listen.into_iter().chain(connect)
+    }
+
     /// Whether the rule forwards one connection and is then done.
     pub fn is_single(&self) -> bool {
         matches!(self.listen, ListenSide::Accepted(_))
             || matches!(self.connect, ConnectSide::Connected(_))
+    }
+}
+
+impl Netns {
+    /// Whether it has a name, which can appear, go, and come to mean another namespace.
+    pub fn is_named(&self) -> bool {
+        !matches!(self.source, NetnsSource::Fd(_))
+    }
+}
+
+/// As it was typed: `-f blue`.
+impl fmt::Display for Netns {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let option = self.option;
+        match &self.source {
+            NetnsSource::Path(path) => write!(f, "{option} {}", path.display()),
+            NetnsSource::Pid(pid) => write!(f, "{option} pid:{pid}"),
+            NetnsSource::Fd(fd) => write!(f, "{option} {fd}"),
+        }
     }
 }

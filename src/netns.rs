@@ -14,37 +14,31 @@ use crate::config::{Netns, NetnsSource};
 use crate::error::{Error, Kind, Result};
 use crate::inherited::Inherited;
 
+mod watch;
+
+pub use watch::wait;
+
 /// Where `ip netns add` keeps its names.
 const NAMES: &str = "/run/netns";
 
-/// An open network namespace, and what to call it in messages.
+/// An open network namespace, and how it was named.
 #[derive(Debug)]
 pub struct OpenNetns {
     fd: OwnedFd,
-    name: String,
+    netns: Netns,
 }
 
 /// Opens a namespace, in the mount namespace the program was started in.
 pub fn open(netns: &Netns, inherited: &mut Inherited) -> Result<OpenNetns> {
-    let option = netns.option;
-    let (fd, name) = match &netns.source {
-        NetnsSource::Fd(fd) => (inherited.take(option, *fd)?, format!("{option} {fd}")),
-        NetnsSource::Pid(pid) => {
-            let name = format!("{option} pid:{pid}");
-            let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
-            (open_path(&path).map_err(|errno| cannot_open(&name, errno, "process"))?, name)
+    match netns.source {
+        NetnsSource::Fd(fd) => {
+            let fd = inherited.take(netns.option, fd)?;
+            let fd = only_netns(fd).map_err(|errno| cannot_open(netns, errno))?;
+            Ok(OpenNetns { fd, netns: netns.clone() })
         }
-        NetnsSource::Path(path) => {
-            let name = format!("{option} {}", path.display());
-            (open_named(path).map_err(|errno| cannot_open(&name, errno, "file"))?, name)
+        NetnsSource::Path(_) | NetnsSource::Pid(_) => {
+            find(netns).map_err(|errno| cannot_open(netns, errno))
         }
-    };
-    match crate::sys::is_netns(&fd) {
-        Ok(true) => Ok(OpenNetns { fd, name }),
-        _ => Err(Error::new(
-            Kind::Netns,
-            format!("{name}: not a network namespace; give a file like /proc/PID/ns/net"),
-        )),
     }
 }
 
@@ -58,32 +52,51 @@ pub fn enter(netns: &OpenNetns) -> Result<()> {
             }
             _ => "",
         };
-        let what = format!("{}: cannot enter the namespace", netns.name);
+        let what = format!("{}: cannot enter the namespace", netns.netns);
         Error::system(Kind::Netns, what, errno, cause)
     })
 }
 
-/// A file, or else a name as `ip netns` keeps them.
-fn open_named(path: &Path) -> std::result::Result<OwnedFd, Errno> {
-    match open_path(path) {
-        Err(Errno::ENOENT) if path.components().count() == 1 => {
-            open_path(&Path::new(NAMES).join(path))
+/// Opens what a name stands for now. ENOTTY: it is a file, but no network namespace.
+fn find(netns: &Netns) -> std::result::Result<OpenNetns, Errno> {
+    let mut found = Err(Errno::ENOENT);
+    for place in places(&netns.source) {
+        // O_NONBLOCK: a FIFO given by mistake is refused, not waited for.
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+        found = open_file(&place, flags, Mode::empty());
+        if !matches!(found, Err(Errno::ENOENT)) {
+            break;
         }
-        result => result,
+    }
+    Ok(OpenNetns { fd: only_netns(found?)?, netns: netns.clone() })
+}
+
+/// Where a name may be, in this order: a file, or else a name as `ip netns` keeps them.
+fn places(source: &NetnsSource) -> Vec<PathBuf> {
+    match source {
+        NetnsSource::Pid(pid) => vec![format!("/proc/{pid}/ns/net").into()],
+        NetnsSource::Path(path) if path.components().count() == 1 => {
+            vec![path.clone(), Path::new(NAMES).join(path)]
+        }
+        NetnsSource::Path(path) => vec![path.clone()],
+        NetnsSource::Fd(_) => Vec::new(),
     }
 }
 
-fn open_path(path: &Path) -> std::result::Result<OwnedFd, Errno> {
-    // O_NONBLOCK: a FIFO given by mistake is refused, not waited for.
-    open_file(path, OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK, Mode::empty())
+fn only_netns(fd: OwnedFd) -> std::result::Result<OwnedFd, Errno> {
+    if crate::sys::is_netns(&fd) == Ok(true) { Ok(fd) } else { Err(Errno::ENOTTY) }
 }
 
-fn cannot_open(name: &str, errno: Errno, what: &str) -> Error {
-    let cause = match errno {
-        Errno::ENOENT if what == "process" => "there is no such process".to_owned(),
-        Errno::ENOENT => format!("there is no such file, and no such name in {NAMES}"),
-        Errno::EACCES | Errno::EPERM => "opening it needs more privilege".to_owned(),
+fn cannot_open(netns: &Netns, errno: Errno) -> Error {
+    let cause = match (errno, &netns.source) {
+        (Errno::ENOTTY, _) => {
+            let what = "not a network namespace; give a file like /proc/PID/ns/net";
+            return Error::new(Kind::Netns, format!("{netns}: {what}"));
+        }
+        (Errno::ENOENT, NetnsSource::Pid(_)) => "there is no such process".to_owned(),
+        (Errno::ENOENT, _) => format!("there is no such file, and no such name in {NAMES}"),
+        (Errno::EACCES | Errno::EPERM, _) => "opening it needs more privilege".to_owned(),
         _ => String::new(),
     };
-    Error::system(Kind::Netns, format!("{name}: cannot open the namespace"), errno, &cause)
+    Error::system(Kind::Netns, format!("{netns}: cannot open the namespace"), errno, &cause)
 }

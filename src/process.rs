@@ -72,7 +72,7 @@ pub fn run(config: &Config) -> Result<u8> {
     let [forward] = config.forwards.as_slice() else {
         return Err(Error::new(Kind::Mix, "exactly one forward is supported"));
     };
-    if !config.names_a_netns() {
+    if config.netns().next().is_none() {
         log::say(
             "No network-namespace-related option specified. \
              Operating in a usual boring TCP forwarder mode.",
@@ -81,6 +81,12 @@ pub fn run(config: &Config) -> Result<u8> {
     raise_descriptor_limit();
     inherited::check_open(&config.named_fds())?;
     let mut inherited = Inherited::default();
+    let signals = block_signals().map_err(|errno| {
+        Error::system(Kind::Kernel, "cannot block SIGINT and SIGTERM", errno, "")
+    })?;
+    if !netns::wait(config.netns(), config.wait_netns_ms, &signals)? {
+        return Ok(0);
+    }
     let (listen, connect) = open_sides(forward, &mut inherited)?;
     let ready = config.ready_fd.map(|fd| inherited::ready_fd(fd, &mut inherited)).transpose()?;
     inherited.close_originals();
@@ -90,9 +96,6 @@ pub fn run(config: &Config) -> Result<u8> {
     let handoff = if forward.is_single() { Handoff::Socket } else { config.handoff };
     let channels = open_channels(handoff, cpus.len()).map_err(|errno| {
         Error::system(Kind::Kernel, "cannot make socketpairs", errno, "RLIMIT_NOFILE is too low")
-    })?;
-    let signals = block_signals().map_err(|errno| {
-        Error::system(Kind::Kernel, "cannot block SIGINT and SIGTERM", errno, "")
     })?;
     let (listener_ends, connector_ends) = channels.handoff.into_iter().unzip();
     let (to_connector, to_listener) = channels.control;

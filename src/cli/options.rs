@@ -61,6 +61,7 @@ pub(super) const VERSION: &str = "--version";
 pub(super) const SECTIONS: &[Section] = &[
     Section { title: "Listen side (exactly one of -l, -L, -S)", options: LISTEN_SIDE },
     Section { title: "Connect side (exactly one of -c, -C)", options: CONNECT_SIDE },
+    Section { title: "Namespaces that come and go", options: NAMESPACES },
     Section { title: "Forwarding", options: FORWARDING },
     Section { title: "Reporting", options: REPORTING },
 ];
@@ -135,6 +136,14 @@ const CONNECT_SIDE: &[Opt] = &[
         default: None,
     },
 ];
+
+const NAMESPACES: &[Opt] = &[Opt {
+    short: None,
+    long: "--wait-netns",
+    value: Some(SECONDS),
+    help: "Longest time to wait at the start for the namespaces -f and -t name to be there",
+    default: Some("0"),
+}];
 
 const FORWARDING: &[Opt] = &[
     Opt {

@@ -37,6 +37,17 @@ fn mix_error(typed: &[&str]) -> String {
 }
 
 #[test]
+fn waiting_for_a_namespace_needs_a_name() {
+    let text = "--wait-netns waits for what -f or -t names, and neither is given";
+    for typed in [&["-l:1", "-c:2"][..], &["-l:1", "-F5", "-c:2", "-T6"], &["-L3", "-C4"]] {
+        let typed: Vec<_> = typed.iter().map(|arg| arg.replace(':', "127.0.0.1:")).collect();
+        let mut typed: Vec<_> = typed.iter().map(String::as_str).collect();
+        typed.push("--wait-netns=1");
+        assert_eq!(mix_error(&typed), text, "{typed:?}");
+    }
+}
+
+#[test]
 fn every_spelling_of_a_value_is_the_same() {
     let wanted = Args { listen: Some("127.0.0.1:80".parse().unwrap()), ..Args::default() };
     for spelling in [
@@ -134,6 +145,7 @@ fn two_addresses_are_enough() {
                     netns: None,
                 },
             }],
+            wait_netns_ms: 0,
             engine: Engine::Auto,
             handoff: Handoff::Socket,
             transfer: Transfer::Auto,
@@ -155,7 +167,7 @@ fn every_option_reaches_the_configuration() {
     let typed = "-l 127.0.0.1:1 -c 127.0.0.1:2 -f blue -t pid:7 --handoff connections \
                  --transfer copy --workers 3 --cpus 2,0-1 --no-pin --pipe-size 64K \
                  --busy-poll 50 --reset-timeout 1.5 -v --ready-fd 9 --summary json \
-                 --engine epoll";
+                 --engine epoll --wait-netns 2.5";
     let netns = |option, source| Some(Netns { option, source });
     assert_eq!(
         config(&typed.split_whitespace().collect::<Vec<_>>()),
@@ -170,6 +182,7 @@ fn every_option_reaches_the_configuration() {
                     netns: netns("-t", NetnsSource::Pid(7)),
                 },
             }],
+            wait_netns_ms: 2500,
             engine: Engine::Epoll,
             handoff: Handoff::Connections,
             transfer: Transfer::Copy,

@@ -187,7 +187,12 @@ impl Launch {
 
     /// Starts the program and waits until it accepts connections, if it is to accept any.
     #[track_caller]
-    pub fn start(mut self) -> Forwarder {
+    pub fn start(self) -> Forwarder {
+        self.begin().ready()
+    }
+
+    /// Starts the program, for a test that has something to do before it can be ready.
+    pub fn begin(mut self) -> Beginning {
         let mut address = None;
         if let Listens::At(mut wanted) = self.listens {
             if wanted.port() == 0 && self.program == Program::Reference {
@@ -204,19 +209,7 @@ impl Launch {
             self = std::mem::replace(&mut self, Self::nsplice()).fd("--ready-fd", &write);
             read
         });
-        let mut forwarder = self.spawn(address);
-        match ready {
-            Some(read) => forwarder.wait_ready_fd(read),
-            None if self.program == Program::Reference => {
-                if let Some(address) = address {
-                    let netns = self.where_it_listens();
-                    forwarder.wait_until("it listens", || netns.listens(address.port()));
-                }
-            }
-            None => {}
-        }
-        forwarder.wait_two_processes(self.listens != Listens::No);
-        forwarder
+        Beginning { forwarder: self.spawn(address), ready, launch: self }
     }
 
     /// Starts the program and waits until it has ended by itself.
@@ -282,6 +275,33 @@ fn inherit(fd: RawFd, number: RawFd) -> std::io::Result<()> {
         if fd == number { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, number) }
     };
     if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A forwarder that has been started and need not be ready yet.
+pub struct Beginning {
+    pub forwarder: Forwarder,
+    ready: Option<OwnedFd>,
+    launch: Launch,
+}
+
+impl Beginning {
+    /// Waits until it accepts connections, if it is to accept any.
+    #[track_caller]
+    pub fn ready(self) -> Forwarder {
+        let Self { mut forwarder, ready, launch } = self;
+        match ready {
+            Some(read) => forwarder.wait_ready_fd(read),
+            None if launch.program == Program::Reference => {
+                if let Some(address) = forwarder.address {
+                    let netns = launch.where_it_listens();
+                    forwarder.wait_until("it listens", || netns.listens(address.port()));
+                }
+            }
+            None => {}
+        }
+        forwarder.wait_two_processes(launch.listens != Listens::No);
+        forwarder
+    }
 }
 
 /// A running forwarder. Dropped, it is killed.

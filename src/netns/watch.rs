@@ -1,0 +1,130 @@
+//! Waiting for what a name stands for to appear, to go, or to become another namespace.
+//!
+//! Nothing tells all of it. inotify tells that a file came or went, but not that a namespace was
+//! mounted on one, as `ip netns add` does after it has made an empty file; that is an event of
+//! the mount table. In /proc, where `pid:N` is, files come and go without any event. So each
+//! change that is told, and a slow clock besides, is a reason to look again.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::signalfd::SignalFd;
+
+use super::{cannot_open, find, places};
+use crate::config::{Netns, NetnsSource};
+use crate::error::{Error, Kind, Result};
+
+/// Looking again takes microseconds, so four times a second costs nothing that could be measured.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+
+/// Waits for each of `named` to be a namespace, all together at most `ms`. Returns false if a
+/// signal came first; fails as opening it does when it does not appear, and at once for a name
+/// that no waiting helps.
+pub fn wait<'a>(
+    named: impl Iterator<Item = &'a Netns>,
+    ms: u32,
+    signals: &SignalFd,
+) -> Result<bool> {
+    let deadline = Instant::now() + Duration::from_millis(ms.into());
+    if ms > 0 {
+        for netns in named.filter(|netns| netns.is_named()) {
+            if !wait_for(netns, deadline, signals).map_err(|error| {
+                let seconds = f64::from(ms) / 1000.0;
+                let text = format!("{error}; waited {seconds} s for it (--wait-netns)");
+                Error::new(error.kind(), text)
+            })? {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+fn wait_for(netns: &Netns, deadline: Instant, signals: &SignalFd) -> Result<bool> {
+    let mut events = Events::new(netns)?;
+    loop {
+        // In this order: what changes after the look is an event.
+        events.renew();
+        match find(netns) {
+            Ok(_) => return Ok(true),
+            Err(errno) if !is_absent(errno) || Instant::now() >= deadline => {
+                return Err(cannot_open(netns, errno));
+            }
+            Err(_) => {}
+        }
+        let left = deadline.saturating_duration_since(Instant::now()).min(LOOK_AGAIN);
+        let [files, mounts] = events.fds();
+        let mut fds = [(signals as &dyn AsFd, PollFlags::POLLIN), files, mounts]
+            .map(|(fd, flags)| PollFd::new(fd.as_fd(), flags));
+        // A failure is one more reason to look again.
+        let _ = poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO));
+        if fds[0].any().unwrap_or(false) {
+            return Ok(false);
+        }
+    }
+}
+
+/// Whether a namespace that cannot be found for this reason may still appear: there is no file, no
+/// directory for it, or a file that nothing is mounted on yet.
+fn is_absent(errno: Errno) -> bool {
+    matches!(errno, Errno::ENOENT | Errno::ENOTDIR | Errno::ENOTTY | Errno::ESRCH)
+}
+
+/// Tells when it is worth looking again what a name stands for.
+#[derive(Debug)]
+struct Events {
+    source: NetnsSource,
+    inotify: Inotify,
+    mounts: File,
+}
+
+impl Events {
+    fn new(netns: &Netns) -> Result<Self> {
+        let cannot = |what: &str, errno, cause: &str| {
+            Error::system(Kind::Kernel, format!("{netns}: cannot {what}"), errno, cause)
+        };
+        let flags = InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK;
+        let inotify = Inotify::init(flags).map_err(|errno| {
+            cannot("watch its directory", errno, "fs.inotify.max_user_instances is too low")
+        })?;
+        let mounts = File::open("/proc/self/mountinfo").map_err(|error| {
+            let errno = Errno::from_raw(error.raw_os_error().unwrap_or(0));
+            cannot("watch for what is mounted", errno, "is /proc there?")
+        })?;
+        Ok(Self { source: netns.source.clone(), inotify, mounts })
+    }
+
+    /// What to poll for. The mount table says once that it has changed.
+    fn fds(&self) -> [(&dyn AsFd, PollFlags); 2] {
+        [(&self.inotify, PollFlags::POLLIN), (&self.mounts, PollFlags::POLLPRI)]
+    }
+
+    /// Takes the events that are there, and sees to it that what happens from now on is one: in
+    /// the nearest directory there is to each place of the name.
+    fn renew(&mut self) {
+        // What is still there after this is one more reason to look again.
+        let _ = self.inotify.read_events();
+        let flags = AddWatchFlags::IN_CREATE
+            | AddWatchFlags::IN_DELETE
+            | AddWatchFlags::IN_MOVE
+            | AddWatchFlags::IN_DELETE_SELF
+            | AddWatchFlags::IN_MOVE_SELF
+            | AddWatchFlags::IN_ONLYDIR;
+        for place in places(&self.source) {
+            for directory in place.ancestors().skip(1) {
+                let here = directory.as_os_str().is_empty();
+                let directory = if here { Path::new(".") } else { directory };
+                // One that is watched already stays so. One that is not there, or may not be
+                // read, is told by those above it, or by the clock.
+                if self.inotify.add_watch(directory, flags).is_ok() {
+                    break;
+                }
+            }
+        }
+    }
+}
