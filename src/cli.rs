@@ -19,9 +19,9 @@ use std::os::fd::RawFd;
 use argh::FromArgs;
 
 use crate::config::{
-    Config, ConnectSide, Engine, Forward, Handoff, ListenSide, Netns, NetnsSource,
+    Config, ConnectSide, Engine, Forward, Handoff, ListenSide, Netns, NetnsGone, NetnsSource,
+    SummaryFormat, Transfer,
 };
-use crate::config::{SummaryFormat, Transfer};
 use crate::error::{Error, Kind, Result};
 
 pub use help::{help, long_options, man, version};
@@ -98,6 +98,9 @@ pub struct Args {
     /// time to wait for a namespace
     #[argh(option)]
     pub wait_netns: Option<Seconds>,
+    /// what to do when a name is another namespace's
+    #[argh(option)]
+    pub netns_gone: Option<NetnsGone>,
     /// io_uring or epoll
     #[argh(option)]
     pub engine: Option<Engine>,
@@ -152,14 +155,12 @@ impl Args {
     /// with netns_tcp_bridge's texts, looked for in its order.
     pub fn into_config(self) -> Result<Config> {
         let forward = Forward { listen: self.listen_side()?, connect: self.connect_side()? };
-        let has_name = forward.netns().any(Netns::is_named);
-        if self.wait_netns.is_some() && !has_name {
-            return Err(mix("--wait-netns waits for what -f or -t names, and neither is given"));
-        }
+        self.check_names(&forward)?;
         Ok(Config {
             forwards: vec![forward],
             wait_netns_ms: self.wait_netns.map_or(0, |Seconds { ms }| ms),
             ready_fd: fd("--ready-fd", self.ready_fd)?,
+            netns_gone: self.netns_gone.unwrap_or_default(),
             engine: self.engine.unwrap_or_default(),
             handoff: self.handoff.unwrap_or_default(),
             transfer: self.transfer.unwrap_or_default(),
@@ -172,6 +173,26 @@ impl Args {
             verbose: self.verbose,
             summary: self.summary,
         })
+    }
+
+    /// Whether there is a name for the options that are about names.
+    fn check_names(&self, forward: &Forward) -> Result<()> {
+        if !forward.netns().any(Netns::is_named) {
+            if self.wait_netns.is_some() {
+                return Err(mix("--wait-netns waits for what -f or -t names; neither is given"));
+            }
+            if self.netns_gone.is_some() {
+                return Err(mix("--netns-gone is about what -f or -t names; neither is given"));
+            }
+        }
+        let process = forward.netns().find(|netns| matches!(netns.source, NetnsSource::Pid(_)));
+        match process {
+            Some(netns) if self.netns_gone == Some(NetnsGone::Reopen) => Err(mix(format!(
+                "--netns-gone reopen does not go with {netns}: the number may come back as that \
+                 of any other process; give a name or a file"
+            ))),
+            _ => Ok(()),
+        }
     }
 
     fn listen_side(&self) -> Result<ListenSide> {

@@ -15,6 +15,8 @@ pub struct Config {
     pub forwards: Vec<Forward>,
     /// How long to wait for namespaces to appear under their names, in milliseconds.
     pub wait_netns_ms: u32,
+    /// What to do when a namespace's name goes or comes to stand for another.
+    pub netns_gone: NetnsGone,
     /// What the workers wait for the kernel with.
     pub engine: Engine,
     /// How accepted connections reach the connector.
@@ -98,6 +100,18 @@ pub enum NetnsSource {
     Pid(u32),
     /// An inherited descriptor.
     Fd(RawFd),
+}
+
+/// What to do when the name of a namespace is deleted, or comes to stand for another namespace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NetnsGone {
+    /// Stay in the namespace that was entered at the start.
+    #[default]
+    Keep,
+    /// End.
+    Exit,
+    /// Have new connections in the namespace the name stands for, as soon as there is one.
+    Reopen,
 }
 
 /// What crosses the socketpair between the two processes.

@@ -2,10 +2,11 @@
 //! gives them what the listener hands over, and adds up what they did.
 
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFlags, PollTimeout};
+use nix::poll::PollFlags;
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::signalfd::SignalFd;
 use nix::unistd::Pid;
@@ -19,7 +20,7 @@ use crate::error::{Error, Kind, Result};
 use crate::flow::End;
 use crate::handoff::{Channel, Message, Received};
 use crate::log::{Log, say};
-use crate::netns;
+use crate::netns::{self, Follower};
 use crate::process::{ConnectPart, Wake, wait_any};
 use crate::stats::Summary;
 use crate::sys::SharedCounters;
@@ -67,10 +68,14 @@ pub fn worker_cpus(config: &Config, single: bool) -> Result<Vec<usize>> {
 /// Serves until told to stop, or until the only connection is over. Returns the exit status.
 pub fn run(part: Part) -> Result<u8> {
     let config = part.config;
+    let mut follower = None;
     let (target, connected) = match part.connect {
         ConnectPart::Connected(socket) => (None, Some(socket)),
         ConnectPart::Address(address, netns) => {
-            netns.as_ref().map(netns::enter).transpose()?;
+            if let Some(netns) = netns {
+                netns::enter(&netns)?;
+                follower = Follower::start(netns, config.netns_gone)?;
+            }
             (Some(address), None)
         }
     };
@@ -100,9 +105,8 @@ pub fn run(part: Part) -> Result<u8> {
     } else {
         (Epoll::NAME, Crew::start::<Epoll>(seeds.collect())?)
     };
-    let served = serve(&mut crew, &part.control, &part.signals);
+    let served = serve(&mut crew, follower, &part.control, &part.signals);
     let (stats, last_end) = crew.stop()?;
-    served?;
     drop(log);
     // All workers are gone, so the writer ends when it has written what it has; but a standard
     // error that nobody reads must not keep the program from ending.
@@ -116,6 +120,7 @@ pub fn run(part: Part) -> Result<u8> {
             Error::new(Kind::Socket, format!("--summary json: cannot write it: {error}"))
         })?;
     }
+    served?;
     let failed = !matches!(last_end, None | Some(End::Complete | End::Stopped));
     Ok(if part.single && failed { Kind::Connection.status() } else { 0 })
 }
@@ -136,15 +141,25 @@ fn is_to_use_uring(wanted: Engine) -> Result<bool> {
 }
 
 /// Starts up with the listener, then waits for the end.
-fn serve(crew: &mut Crew, control: &Channel, signals: &SignalFd) -> Result<()> {
+fn serve(
+    crew: &mut Crew,
+    mut follower: Option<Follower>,
+    control: &Channel,
+    signals: &SignalFd,
+) -> Result<()> {
     let lost = |errno| Error::system(Kind::Process, "lost the listener process", errno, "");
     let mut announced = false;
     control.send(Message::Ready, &[]).map_err(lost)?;
     loop {
         let attention = crew.attention();
-        match wait_any(control, signals, &[(&*attention, PollFlags::POLLIN)], PollTimeout::NONE)? {
+        let mut own: Vec<(&dyn AsFd, PollFlags)> = vec![(&*attention, PollFlags::POLLIN)];
+        own.extend(follower.iter().flat_map(Follower::fds));
+        match wait_any(control, signals, &own, Follower::timeout(&follower))? {
             Wake::Signal => return Ok(()),
-            Wake::Own => crew.collect(),
+            Wake::Own => {
+                crew.collect();
+                follow(&mut follower, crew)?;
+            }
             Wake::Control => match control.receive() {
                 Ok(Some(Received { message: Message::Stop, .. })) => return Ok(()),
                 Ok(Some(received)) => hand_on(received, crew)?,
@@ -162,6 +177,20 @@ fn serve(crew: &mut Crew, control: &Channel, signals: &SignalFd) -> Result<()> {
             control.send(Message::Accepting, &[]).map_err(lost)?;
         }
     }
+}
+
+/// Has the workers connect from where the name of the namespace leads now.
+fn follow(follower: &mut Option<Follower>, crew: &Crew) -> Result<()> {
+    if let Some(follower) = follower
+        && let Some(netns) = follower.look()?
+    {
+        // This thread first: what it cannot enter is no namespace for some of the workers.
+        match netns::enter(&netns).and_then(|()| crew.enter(&netns)) {
+            Ok(()) => follower.went_to(netns),
+            Err(error) => follower.cannot_go(error),
+        }
+    }
+    Ok(())
 }
 
 /// Gives the workers what the listener has sent.

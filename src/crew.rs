@@ -16,6 +16,7 @@ use crate::error::{Error, Kind, Result};
 use crate::flow::End;
 use crate::handoff::Channel;
 use crate::log::Log;
+use crate::netns::{self, OpenNetns};
 use crate::pace::Pace;
 use crate::stats::Stats;
 use crate::sys::SharedCounters;
@@ -51,6 +52,8 @@ enum Command {
     Listen(OwnedFd),
     /// Forward this connection.
     Forward(OwnedFd),
+    /// Make new connections from this namespace, and say so.
+    Enter(Arc<OpenNetns>, Sender<Result<()>>),
     /// End all connections, then the thread.
     Stop,
 }
@@ -137,8 +140,9 @@ impl Crew {
         }
     }
 
-    /// Has every worker accept from `listener`.
+    /// Has every worker accept from `listener`, and no longer from what it had before.
     pub fn listen(&mut self, listener: &OwnedFd) -> Result<()> {
+        self.accepting = 0;
         for worker in &self.workers {
             let copy = listener.try_clone().map_err(|error| {
                 Error::new(Kind::Kernel, format!("cannot copy the listening socket: {error}"))
@@ -146,6 +150,17 @@ impl Crew {
             worker.tell(Command::Listen(copy));
         }
         Ok(())
+    }
+
+    /// Has every worker make its connections from `netns`, and waits until all do.
+    pub fn enter(&self, netns: &Arc<OpenNetns>) -> Result<()> {
+        let (reply, replies) = channel();
+        for worker in &self.workers {
+            worker.tell(Command::Enter(Arc::clone(netns), reply.clone()));
+        }
+        // Those of workers that have ended go with their orders.
+        drop(reply);
+        replies.iter().collect()
     }
 
     /// Has a worker forward `client`, the only connection.
@@ -311,6 +326,10 @@ impl<E: Start> Thread<E> {
                     reporter.send(Report::Accepting);
                 }
                 Command::Forward(client) => self.worker.add(client),
+                Command::Enter(netns, reply) => {
+                    // Nobody waits for it any more: the program is ending.
+                    let _ = reply.send(netns::enter(&netns));
+                }
                 Command::Stop => self.worker.stop(),
             }
         }

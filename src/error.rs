@@ -15,7 +15,7 @@ pub enum Kind {
     Mix = 1,
     /// The command line cannot be parsed.
     Usage = 2,
-    /// A network namespace cannot be opened or entered.
+    /// A network namespace cannot be opened or entered, or is gone (`--netns-gone exit`).
     Netns = 3,
     /// A socket or another file descriptor cannot be made, bound or used.
     Socket = 4,
@@ -54,7 +54,7 @@ impl Kind {
         match self {
             Kind::Mix => "options that cannot be combined",
             Kind::Usage => "the command line cannot be parsed",
-            Kind::Netns => "a network namespace cannot be opened or entered",
+            Kind::Netns => "a network namespace cannot be opened or entered, or is gone",
             Kind::Socket => "a socket or file descriptor cannot be bound or used",
             Kind::Kernel => "the kernel refuses io_uring, a process, memory or a CPU",
             Kind::Connection => "the only connection (-S or -C) failed",

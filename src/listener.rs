@@ -2,7 +2,7 @@
 //! once, the listening socket (or the only client), or each connection it accepts.
 
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFlags, PollTimeout};
@@ -13,12 +13,13 @@ use nix::sys::socket::{
 };
 use nix::unistd::write;
 
-use crate::config::Handoff;
+use crate::config::{Handoff, NetnsGone};
 use crate::error::{Error, Kind, Result};
 use crate::handoff::{Channel, MAX_SOCKETS, Message};
+use crate::log;
+use crate::netns::{self, Follower};
 use crate::process::{ListenPart, Wake, wait_any};
 use crate::sys::{SharedCounters, set_nonblocking};
-use crate::{log, netns};
 
 /// Connections accepted before those accepted so far are handed over.
 const BATCH: usize = 64;
@@ -34,6 +35,8 @@ pub struct Part<'a> {
     pub handoff: Handoff,
     /// Where connections come from.
     pub listen: ListenPart,
+    /// What to do when its namespace's name goes.
+    pub netns_gone: NetnsGone,
     /// To the connector.
     pub control: &'a Channel,
     /// To each worker.
@@ -52,43 +55,29 @@ pub fn run(part: Part) -> Result<u8> {
     if !expect(control, signals, Message::Ready)? {
         return Ok(0);
     }
-    let socket = open(part.listen)?;
-    let address = getsockname::<SockaddrStorage>(socket.as_raw_fd())
-        .map_or_else(|_| "unknown".to_owned(), |address| address.to_string());
-    let hand_over = match (part.handoff, &socket) {
-        (_, Source::Client(client)) => control.send(Message::Connections, &[client.as_fd()]),
-        (Handoff::Socket, Source::Listener(listener)) => {
-            control.send(Message::Listener, &[listener.as_fd()])
-        }
-        (Handoff::Connections, Source::Listener(_)) => control.send(Message::Start, &[]),
+    let (source, follower) = open(part.listen, part.netns_gone)?;
+    let bound = getsockname::<SockaddrStorage>(source.as_raw_fd());
+    let address =
+        bound.as_ref().map_or_else(|_| "unknown".to_owned(), |address| address.to_string());
+    let mut serving = Serving {
+        control,
+        signals,
+        handoff: part.handoff,
+        listener: None,
+        outboxes: part.workers.iter().map(Outbox::new).collect(),
+        ended: &part.ended,
+        follower,
+        address: bound.ok().as_ref().and_then(socket_address),
     };
-    if let Err(errno) = hand_over
-        && errno != Errno::EPIPE
-    {
-        return Err(Error::system(Kind::Process, "cannot hand over the socket", errno, ""));
+    match source {
+        Source::Client(client) => send(control, Message::Connections, &[client.as_fd()])?,
+        Source::Listener(listener) => serving.accept_from(listener)?,
     }
-    let listener = match (part.handoff, socket) {
-        (Handoff::Connections, Source::Listener(listener)) => Some(listener),
-        // The connector has it now: nothing here must keep the port or the connection open.
-        (_, socket) => {
-            drop(socket);
-            None
-        }
-    };
     if !expect(control, signals, Message::Accepting)? {
         return Ok(0);
     }
     announce(&address, part.verbose, part.ready);
-    match listener {
-        None => while wait_any(control, signals, &[], PollTimeout::NONE)? == Wake::Own {},
-        Some(listener) => {
-            set_nonblocking(&listener).map_err(|errno| {
-                Error::system(Kind::Socket, "cannot make the listener non-blocking", errno, "")
-            })?;
-            accept_connections(&listener, &part.workers, &part.ended, control, signals)?;
-        }
-    }
-    Ok(0)
+    serving.serve()
 }
 
 enum Source {
@@ -103,28 +92,34 @@ impl AsRawFd for Source {
     }
 }
 
-fn open(listen: ListenPart) -> Result<Source> {
+fn open(listen: ListenPart, netns_gone: NetnsGone) -> Result<(Source, Option<Follower>)> {
     match listen {
-        ListenPart::Accepted(client) => Ok(Source::Client(client)),
-        ListenPart::Listener(listener) => Ok(Source::Listener(listener)),
+        ListenPart::Accepted(client) => Ok((Source::Client(client), None)),
+        ListenPart::Listener(listener) => Ok((Source::Listener(listener), None)),
         ListenPart::Bind(address, netns) => {
-            if let Some(netns) = &netns {
-                netns::enter(netns)?;
+            let mut follower = None;
+            if let Some(netns) = netns {
+                netns::enter(&netns)?;
+                follower = Follower::start(netns, netns_gone)?;
             }
-            let listener = bind_and_listen(address).map_err(|errno| {
-                let cause = match errno {
-                    Errno::EADDRINUSE => "another socket listens there",
-                    Errno::EADDRNOTAVAIL => {
-                        "no interface of the listen side's namespace has this address; is it up?"
-                    }
-                    Errno::EACCES => "ports below net.ipv4.ip_unprivileged_port_start need root",
-                    _ => "",
-                };
-                Error::system(Kind::Socket, format!("-l {address}: cannot listen"), errno, cause)
-            })?;
-            Ok(Source::Listener(listener))
+            Ok((Source::Listener(listen_at(address)?), follower))
         }
     }
+}
+
+/// Listens at `address` in the namespace this process is in.
+fn listen_at(address: SocketAddr) -> Result<OwnedFd> {
+    bind_and_listen(address).map_err(|errno| {
+        let cause = match errno {
+            Errno::EADDRINUSE => "another socket listens there",
+            Errno::EADDRNOTAVAIL => {
+                "no interface of the listen side's namespace has this address; is it up?"
+            }
+            Errno::EACCES => "ports below net.ipv4.ip_unprivileged_port_start need root",
+            _ => "",
+        };
+        Error::system(Kind::Socket, format!("-l {address}: cannot listen"), errno, cause)
+    })
 }
 
 fn bind_and_listen(address: SocketAddr) -> std::result::Result<OwnedFd, Errno> {
@@ -140,6 +135,20 @@ fn bind_and_listen(address: SocketAddr) -> std::result::Result<OwnedFd, Errno> {
     bind(listener.as_raw_fd(), &SockaddrStorage::from(address))?;
     listen(&listener, Backlog::MAXCONN)?;
     Ok(listener)
+}
+
+/// The same address as the standard library has it; `None` if it is no internet address.
+fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = address.as_sockaddr_in().map(|&address| SocketAddr::V4(address.into()));
+    v4.or_else(|| address.as_sockaddr_in6().map(|&address| SocketAddr::V6(address.into())))
+}
+
+fn send(control: &Channel, message: Message, sockets: &[BorrowedFd<'_>]) -> Result<()> {
+    match control.send(message, sockets) {
+        // A connector that is gone is noticed by who waits for its next message.
+        Ok(()) | Err(Errno::EPIPE) => Ok(()),
+        Err(errno) => Err(Error::system(Kind::Process, "cannot hand over the socket", errno, "")),
+    }
 }
 
 /// Waits for `message`; false when told to stop, or when the connector is gone.
@@ -174,7 +183,11 @@ struct Outbox<'a> {
     given: u32,
 }
 
-impl Outbox<'_> {
+impl<'a> Outbox<'a> {
+    fn new(channel: &'a Channel) -> Self {
+        Self { channel, waiting: Vec::new(), given: 0 }
+    }
+
     /// Hands over what is waiting, as far as the worker's channel takes it.
     fn flush(&mut self) -> std::result::Result<(), Errno> {
         while !self.waiting.is_empty() {
@@ -188,49 +201,97 @@ impl Outbox<'_> {
     }
 }
 
-fn accept_connections(
-    listener: &OwnedFd,
-    workers: &[Channel],
-    ended: &SharedCounters,
-    control: &Channel,
-    signals: &SignalFd,
-) -> Result<()> {
-    let mut outboxes: Vec<Outbox> =
-        workers.iter().map(|channel| Outbox { channel, waiting: Vec::new(), given: 0 }).collect();
-    let mut paused = false;
-    let mut failure = None;
-    loop {
-        let mut blocked = false;
-        let mut own: Vec<(&dyn AsFd, PollFlags)> = Vec::new();
-        for outbox in &mut outboxes {
-            match outbox.flush() {
-                Ok(()) => continue,
-                Err(Errno::EAGAIN) => own.push((outbox.channel, PollFlags::POLLOUT)),
-                // Too much in flight, or no memory: a pause helps, no change of the channel does.
-                // A connector that is gone is told by the control channel.
-                Err(_) => {}
+/// The listener at work.
+struct Serving<'a> {
+    control: &'a Channel,
+    signals: &'a SignalFd,
+    handoff: Handoff,
+    /// What connections are accepted from here; the connector's with `--handoff socket`.
+    listener: Option<OwnedFd>,
+    outboxes: Vec<Outbox<'a>>,
+    ended: &'a SharedCounters,
+    follower: Option<Follower>,
+    /// Where it listens, if that is an internet address.
+    address: Option<SocketAddr>,
+}
+
+impl Serving<'_> {
+    /// Has connections accepted from `listener`, here or in the connector, and from no other.
+    fn accept_from(&mut self, listener: OwnedFd) -> Result<()> {
+        match self.handoff {
+            // Only the connector has it then: nothing here must keep the port open.
+            Handoff::Socket => send(self.control, Message::Listener, &[listener.as_fd()]),
+            Handoff::Connections => {
+                set_nonblocking(&listener).map_err(|errno| {
+                    Error::system(Kind::Socket, "cannot make the listener non-blocking", errno, "")
+                })?;
+                if self.listener.replace(listener).is_none() {
+                    send(self.control, Message::Start, &[])?;
+                }
+                Ok(())
             }
-            blocked = true;
-        }
-        if !blocked && !paused {
-            own.push((listener, PollFlags::POLLIN));
-        }
-        let timeout =
-            if blocked || paused { PollTimeout::from(PAUSE_MS) } else { PollTimeout::NONE };
-        if wait_any(control, signals, &own, timeout)? != Wake::Own {
-            return Ok(());
-        }
-        if !blocked {
-            let result = accept_batch(listener, &mut outboxes, ended);
-            paused = result.is_err();
-            if let Err(errno) = result
-                && failure != Some(errno)
-            {
-                log::say_now(&format!("cannot accept: {errno:?}: {}", errno.desc()));
-            }
-            failure = result.err();
         }
     }
+
+    fn serve(&mut self) -> Result<u8> {
+        let mut paused = false;
+        let mut failure = None;
+        loop {
+            let mut blocked = false;
+            let mut own: Vec<(&dyn AsFd, PollFlags)> = Vec::new();
+            for outbox in &mut self.outboxes {
+                match outbox.flush() {
+                    Ok(()) => continue,
+                    Err(Errno::EAGAIN) => own.push((outbox.channel, PollFlags::POLLOUT)),
+                    // Too much in flight, or no memory: a pause helps, no change of the channel
+                    // does. A connector that is gone is told by the control channel.
+                    Err(_) => {}
+                }
+                blocked = true;
+            }
+            let may_accept = !blocked && !paused;
+            own.extend(self.listener.iter().filter(|_| may_accept).map(readable));
+            own.extend(self.follower.iter().flat_map(Follower::fds));
+            let timeout =
+                if may_accept { Follower::timeout(&self.follower) } else { PAUSE_MS.into() };
+            if wait_any(self.control, self.signals, &own, timeout)? != Wake::Own {
+                return Ok(0);
+            }
+            self.follow()?;
+            if let Some(listener) = self.listener.as_ref().filter(|_| !blocked) {
+                let result = accept_batch(listener, &mut self.outboxes, self.ended);
+                paused = result.is_err();
+                if let Err(errno) = result
+                    && failure != Some(errno)
+                {
+                    log::say_now(&format!("cannot accept: {errno:?}: {}", errno.desc()));
+                }
+                failure = result.err();
+            }
+        }
+    }
+
+    /// Listens where the name of the namespace leads now.
+    fn follow(&mut self) -> Result<()> {
+        let Some((mut follower, address)) = self.follower.take().zip(self.address) else {
+            return Ok(());
+        };
+        if let Some(netns) = follower.look()? {
+            match netns::enter(&netns).and_then(|()| listen_at(address)) {
+                Ok(listener) => {
+                    self.accept_from(listener)?;
+                    follower.went_to(netns);
+                }
+                Err(error) => follower.cannot_go(error),
+            }
+        }
+        self.follower = Some(follower);
+        Ok(())
+    }
+}
+
+fn readable(fd: &OwnedFd) -> (&dyn AsFd, PollFlags) {
+    (fd, PollFlags::POLLIN)
 }
 
 /// Accepts what is there, up to a batch, each for the worker with the fewest connections; fails

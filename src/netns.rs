@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open as open_file};
 use nix::sched::{CloneFlags, setns};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fstat};
 
 use crate::config::{Netns, NetnsSource};
 use crate::error::{Error, Kind, Result};
@@ -16,7 +16,7 @@ use crate::inherited::Inherited;
 
 mod watch;
 
-pub use watch::wait;
+pub use watch::{Follower, wait};
 
 /// Where `ip netns add` keeps its names.
 const NAMES: &str = "/run/netns";
@@ -26,6 +26,16 @@ const NAMES: &str = "/run/netns";
 pub struct OpenNetns {
     fd: OwnedFd,
     netns: Netns,
+}
+
+impl OpenNetns {
+    /// Whether both are open on the same namespace.
+    fn is_same(&self, other: &OpenNetns) -> bool {
+        match (fstat(&self.fd), fstat(&other.fd)) {
+            (Ok(a), Ok(b)) => (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino),
+            _ => false,
+        }
+    }
 }
 
 /// Opens a namespace, in the mount namespace the program was started in.

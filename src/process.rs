@@ -121,6 +121,7 @@ pub fn run(config: &Config) -> Result<u8> {
                 verbose: config.verbose,
                 handoff,
                 listen,
+                netns_gone: config.netns_gone,
                 control: &to_connector,
                 workers: listener_ends,
                 ended: channels.ended,

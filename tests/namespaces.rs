@@ -1,4 +1,4 @@
-//! Namespaces whose names come and go: --wait-netns.
+//! Namespaces whose names come and go: --wait-netns and --netns-gone.
 
 #![allow(clippy::unwrap_used)]
 
@@ -8,7 +8,7 @@ mod support;
 mod names;
 
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 
 use names::{Names, Sleeper};
 use nix::sys::signal::Signal;
@@ -18,14 +18,7 @@ use support::{Forwarder, Launch, Netns, eventually, namespaces, skip};
 /// Asks through the forwarder, as a client in `clients`, what only the server at `listener` knows.
 #[track_caller]
 fn assert_reaches(forwarder: &Forwarder, clients: &Netns, listener: &TcpListener) {
-    let mut client = clients.enter(|| connect(forwarder.address()));
-    let mut server = accept(listener);
-    let mut message = *b"ping";
-    client.write_all(&message).unwrap();
-    server.read_exact(&mut message).unwrap();
-    server.write_all(b"pong").unwrap();
-    client.read_exact(&mut message).unwrap();
-    assert_eq!(&message, b"pong");
+    Lasting::new(forwarder.address(), clients, listener).assert_works();
 }
 
 fn launch(listener: &TcpListener) -> Launch {
@@ -45,11 +38,15 @@ fn wait_until_waiting(forwarder: &Forwarder) {
     assert_looks_again(forwarder);
 }
 
+fn wait_until_looked_again(forwarder: &Forwarder) {
+    let before = forwarder.listener.voluntary_switches();
+    let has_slept = || (forwarder.listener.voluntary_switches() > before + 2).then_some(());
+    eventually("it looks again", has_slept);
+}
+
 /// It has looked again since this call, and was not content.
 fn assert_looks_again(forwarder: &Forwarder) {
-    let before = forwarder.listener.voluntary_switches();
-    let has_slept = || (forwarder.listener.voluntary_switches() > before + 1).then_some(());
-    eventually("it looks again", has_slept);
+    wait_until_looked_again(forwarder);
     assert!(forwarder.listener.children().is_empty(), "it has not waited: {}", forwarder.stderr());
 }
 
@@ -147,4 +144,225 @@ fn when_the_time_is_over_it_says_what_it_waited_for() {
     let exit = never("-t", &path("loop"), "86400");
     assert_eq!(exit.code(), Some(3), "{exit:?}");
     assert!(exit.stderr.contains("ELOOP"), "{exit:?}");
+}
+
+/// Clients in `clients`, a server in `targets`, and a name for each namespace.
+struct Named {
+    names: Names,
+    clients: Netns,
+    targets: Netns,
+    server: TcpListener,
+}
+
+impl Named {
+    fn new(clients: Netns, targets: Netns) -> Self {
+        let names = Names::new();
+        names.link("clients", &clients);
+        names.link("targets", &targets);
+        let server = targets.listen("127.0.0.1:0");
+        Self { names, clients, targets, server }
+    }
+
+    fn launch(&self, gone: &str, handoff: &str) -> Launch {
+        self.launch_without_option(handoff).option("--netns-gone", gone)
+    }
+
+    fn launch_without_option(&self, handoff: &str) -> Launch {
+        Launch::nsplice()
+            .option("-f", self.names.path("clients"))
+            .option("-t", self.names.path("targets"))
+            .option("--handoff", handoff)
+            .listen(([127, 0, 0, 1], 0))
+            .connect(self.server.local_addr().unwrap())
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.names.path(name).to_str().unwrap().to_owned()
+    }
+}
+
+const HANDOFFS: [&str; 2] = ["socket", "connections"];
+
+/// A connection that stays open while namespaces change.
+struct Lasting {
+    client: TcpStream,
+    server: TcpStream,
+}
+
+impl Lasting {
+    fn new(address: SocketAddr, clients: &Netns, listener: &TcpListener) -> Self {
+        let client = clients.enter(|| connect(address));
+        Self { client, server: accept(listener) }
+    }
+
+    #[track_caller]
+    fn assert_works(&mut self) {
+        let mut message = *b"ping";
+        self.client.write_all(&message).unwrap();
+        self.server.read_exact(&mut message).unwrap();
+        self.server.write_all(b"pong").unwrap();
+        self.client.read_exact(&mut message).unwrap();
+        assert_eq!(&message, b"pong");
+    }
+}
+
+#[track_caller]
+fn wait_for_line(forwarder: &Forwarder, text: &str) {
+    eventually(text, || forwarder.stderr().contains(text).then_some(()));
+}
+
+#[test]
+fn by_default_it_stays_in_the_namespaces_it_was_started_with() {
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets, others);
+        let named = Named::new(clients, targets);
+        let forwarder = named.launch_without_option(handoff).start();
+        named.names.delete("clients");
+        named.names.link("targets", &others);
+        assert_reaches(&forwarder, &named.clients, &named.server);
+        forwarder.stop().assert_clean();
+    }
+}
+
+#[test]
+fn it_exits_with_status_3_when_a_name_goes_or_is_another_namespaces() {
+    for handoff in HANDOFFS {
+        for (name, option) in [("clients", "-f"), ("targets", "-t")] {
+            for is_deleted in [true, false] {
+                namespaces!(clients, targets, others);
+                let named = Named::new(clients, targets);
+                let forwarder = named.launch("exit", handoff).start();
+                assert_reaches(&forwarder, &named.clients, &named.server);
+                let why = if is_deleted {
+                    named.names.delete(name);
+                    "the name was deleted"
+                } else {
+                    named.names.link(name, &others);
+                    "the name has become another namespace's"
+                };
+                let exit = forwarder.finish();
+                assert_eq!(exit.code(), Some(3), "{exit:?}");
+                let path = named.path(name);
+                let text = format!("Error: {option} {path}: {why} (--netns-gone exit)\n");
+                assert_eq!(exit.stderr, text);
+                assert_eq!(exit.summary()["connections"], 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn it_exits_when_the_process_whose_namespace_it_is_ends() {
+    namespaces!(clients, targets);
+    let listener = targets.listen("127.0.0.1:0");
+    let process = match targets.enter(|| Sleeper::with_pid(Sleeper::unused_pid())) {
+        Ok(process) => process,
+        Err(error) => skip!("no process with a chosen id to be had: {error}"),
+    };
+    let forwarder = Launch::nsplice()
+        .listen_netns(&clients)
+        .option("-t", format!("pid:{}", process.pid()))
+        .option("--netns-gone", "exit")
+        .listen(([127, 0, 0, 1], 0))
+        .connect(listener.local_addr().unwrap())
+        .start();
+    assert_reaches(&forwarder, &clients, &listener);
+    drop(process);
+    let exit = forwarder.finish();
+    assert_eq!(exit.code(), Some(3), "{exit:?}");
+    assert!(exit.stderr.contains("pid:"), "{exit:?}");
+}
+
+#[test]
+fn it_listens_in_the_new_namespace_and_live_connections_go_on() {
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets, others);
+        let named = Named::new(clients, targets);
+        let forwarder = named.launch("reopen", handoff).start();
+        let address = forwarder.address();
+        let mut lasting = Lasting::new(address, &named.clients, &named.server);
+        lasting.assert_works();
+        // Until there is another namespace, the old one is the only one there is.
+        named.names.delete("clients");
+        wait_for_line(&forwarder, "the name was deleted; waiting for it");
+        assert_reaches(&forwarder, &named.clients, &named.server);
+        named.names.link("clients", &others);
+        eventually("it listens there", || others.listens(address.port()).then_some(()));
+        assert_reaches(&forwarder, &others, &named.server);
+        let is_closed = || (!named.clients.listens(address.port())).then_some(());
+        eventually("it no longer listens in the old one", is_closed);
+        lasting.assert_works();
+        drop(lasting);
+        let exit = forwarder.stop();
+        assert_eq!(exit.code(), Some(0), "{exit:?}");
+        assert_eq!(exit.summary()["connections"], 3);
+        assert_eq!(exit.stderr.lines().count(), 2, "{exit:?}");
+    }
+}
+
+#[test]
+fn it_connects_from_the_new_namespace_and_live_connections_go_on() {
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets, others);
+        let other_server = others.listen("127.0.0.1:0");
+        let address = other_server.local_addr().unwrap();
+        let mut named = Named::new(clients, targets);
+        named.server = named.targets.listen(address);
+        let forwarder = named.launch("reopen", handoff).start();
+        let mut lasting = Lasting::new(forwarder.address(), &named.clients, &named.server);
+        lasting.assert_works();
+        named.names.link("targets", &others);
+        wait_for_line(&forwarder, "new connections are in the new namespace now");
+        // Every worker is there: whichever accepts.
+        for _ in 0..20 {
+            assert_reaches(&forwarder, &named.clients, &other_server);
+        }
+        lasting.assert_works();
+        drop(lasting);
+        let exit = forwarder.stop();
+        assert_eq!(exit.code(), Some(0), "{exit:?}");
+        assert_eq!(exit.summary()["connections"], 21);
+        assert_eq!(exit.stderr.lines().count(), 1, "{exit:?}");
+    }
+}
+
+/// As `ip netns` does it: unmounted and deleted, then a file, then a namespace mounted on it.
+#[test]
+fn names_that_are_mounts_are_followed_too() {
+    namespaces!(clients, targets, others);
+    let named = Named::new(clients, targets);
+    let mount = |netns: &Netns| {
+        named.names.delete("clients");
+        named.names.empty_file("clients");
+        named.names.mount("clients", netns)
+    };
+    if let Err(error) = mount(&named.clients) {
+        skip!("nothing can be mounted: {error}");
+    }
+    let forwarder = named.launch("reopen", "socket").start();
+    assert_reaches(&forwarder, &named.clients, &named.server);
+    mount(&others).unwrap();
+    let port = forwarder.address().port();
+    eventually("it listens there", || others.listens(port).then_some(()));
+    assert_reaches(&forwarder, &others, &named.server);
+    assert_eq!(forwarder.stop().code(), Some(0));
+}
+
+#[test]
+fn what_keeps_it_from_the_new_namespace_is_said_once_and_tried_again() {
+    namespaces!(clients, targets, others);
+    let named = Named::new(clients, targets);
+    let forwarder = named.launch("reopen", "socket").start();
+    let address = forwarder.address();
+    let in_the_way = others.listen(address);
+    named.names.link("clients", &others);
+    let text = format!("-l {address}: cannot listen: EADDRINUSE");
+    wait_for_line(&forwarder, &text);
+    wait_until_looked_again(&forwarder);
+    assert_eq!(forwarder.stderr().matches(&text).count(), 1, "{}", forwarder.stderr());
+    assert_reaches(&forwarder, &named.clients, &named.server);
+    drop(in_the_way);
+    wait_for_line(&forwarder, "new connections are in the new namespace now");
+    assert_reaches(&forwarder, &others, &named.server);
+    assert_eq!(forwarder.stop().code(), Some(0));
 }

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::str::FromStr;
 
 use super::values::{CpuList, Microseconds, PipeSize, Seconds, Workers};
-use crate::config::{Engine, Handoff, NetnsSource, SummaryFormat, Transfer};
+use crate::config::{Engine, Handoff, NetnsGone, NetnsSource, SummaryFormat, Transfer};
 
 /// Options that belong together, under one heading.
 pub(super) struct Section {
@@ -137,13 +137,23 @@ const CONNECT_SIDE: &[Opt] = &[
     },
 ];
 
-const NAMESPACES: &[Opt] = &[Opt {
-    short: None,
-    long: "--wait-netns",
-    value: Some(SECONDS),
-    help: "Longest time to wait at the start for the namespaces -f and -t name to be there",
-    default: Some("0"),
-}];
+const NAMESPACES: &[Opt] = &[
+    Opt {
+        short: None,
+        long: "--wait-netns",
+        value: Some(SECONDS),
+        help: "Longest time to wait at the start for the namespaces -f and -t name to be there",
+        default: Some("0"),
+    },
+    Opt {
+        short: None,
+        long: "--netns-gone",
+        value: Some(NETNS_GONE),
+        help: "When a name given by -f or -t is deleted or becomes another namespace's: stay in \
+               the one entered at the start, exit, or have new connections in the other one",
+        default: Some("keep"),
+    },
+];
 
 const FORWARDING: &[Opt] = &[
     Opt {
@@ -252,6 +262,8 @@ const ADDRESS: Value =
 const FD: Value = Value { name: "FD", form: "a file descriptor number", check: check::<u64> };
 const NETNS: Value =
     Value { name: "NETNS", form: "a path, a name or pid:N", check: check::<NetnsSource> };
+const NETNS_GONE: Value =
+    Value { name: "keep|exit|reopen", form: "keep, exit or reopen", check: check::<NetnsGone> };
 const HANDOFF: Value =
     Value { name: "socket|connections", form: "socket or connections", check: check::<Handoff> };
 const ENGINE: Value =

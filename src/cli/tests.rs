@@ -37,14 +37,28 @@ fn mix_error(typed: &[&str]) -> String {
 }
 
 #[test]
-fn waiting_for_a_namespace_needs_a_name() {
-    let text = "--wait-netns waits for what -f or -t names, and neither is given";
-    for typed in [&["-l:1", "-c:2"][..], &["-l:1", "-F5", "-c:2", "-T6"], &["-L3", "-C4"]] {
-        let typed: Vec<_> = typed.iter().map(|arg| arg.replace(':', "127.0.0.1:")).collect();
-        let mut typed: Vec<_> = typed.iter().map(String::as_str).collect();
-        typed.push("--wait-netns=1");
-        assert_eq!(mix_error(&typed), text, "{typed:?}");
+fn options_about_names_of_namespaces_need_one() {
+    for typed in ["-l127.0.0.1:1 -c[::1]:2", "-l[::]:1 -F5 -c[::1]:2 -T6", "-L3 -C4"] {
+        for (option, text) in [
+            ("--wait-netns=1", "--wait-netns waits for what -f or -t names; neither is given"),
+            ("--netns-gone=exit", "--netns-gone is about what -f or -t names; neither is given"),
+        ] {
+            let typed: Vec<_> = typed.split(' ').chain([option]).collect();
+            assert_eq!(mix_error(&typed), text, "{typed:?}");
+        }
     }
+}
+
+#[test]
+fn a_process_id_that_comes_back_is_not_trusted() {
+    let typed = ["-l[::]:1", "-c[::1]:2", "-fblue", "-tpid:7", "--netns-gone"];
+    let with = |word| [&typed[..], &[word]].concat();
+    assert_eq!(config(&with("exit")).netns_gone, NetnsGone::Exit);
+    assert_eq!(
+        mix_error(&with("reopen")),
+        "--netns-gone reopen does not go with -t pid:7: the number may come back as that of any \
+         other process; give a name or a file"
+    );
 }
 
 #[test]
@@ -146,6 +160,7 @@ fn two_addresses_are_enough() {
                 },
             }],
             wait_netns_ms: 0,
+            netns_gone: NetnsGone::Keep,
             engine: Engine::Auto,
             handoff: Handoff::Socket,
             transfer: Transfer::Auto,
@@ -167,7 +182,7 @@ fn every_option_reaches_the_configuration() {
     let typed = "-l 127.0.0.1:1 -c 127.0.0.1:2 -f blue -t pid:7 --handoff connections \
                  --transfer copy --workers 3 --cpus 2,0-1 --no-pin --pipe-size 64K \
                  --busy-poll 50 --reset-timeout 1.5 -v --ready-fd 9 --summary json \
-                 --engine epoll --wait-netns 2.5";
+                 --engine epoll --wait-netns 2.5 --netns-gone exit";
     let netns = |option, source| Some(Netns { option, source });
     assert_eq!(
         config(&typed.split_whitespace().collect::<Vec<_>>()),
@@ -183,6 +198,7 @@ fn every_option_reaches_the_configuration() {
                 },
             }],
             wait_netns_ms: 2500,
+            netns_gone: NetnsGone::Exit,
             engine: Engine::Epoll,
             handoff: Handoff::Connections,
             transfer: Transfer::Copy,

@@ -8,7 +8,7 @@ use std::num::ParseIntError;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use crate::config::{Engine, Handoff, NetnsSource, SummaryFormat, Transfer};
+use crate::config::{Engine, Handoff, NetnsGone, NetnsSource, SummaryFormat, Transfer};
 
 /// More threads than CPUs only cost; more CPUs than this no `cpu_set_t` can name.
 const WORKERS: RangeInclusive<usize> = 1..=1024;
@@ -134,6 +134,19 @@ impl FromStr for NetnsSource {
             None => Ok(Self::Path(text.into())),
             Some(Ok(0)) => Err("process ids start at 1".into()),
             Some(pid) => pid.map(Self::Pid),
+        }
+    }
+}
+
+impl FromStr for NetnsGone {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "keep" => Ok(Self::Keep),
+            "exit" => Ok(Self::Exit),
+            "reopen" => Ok(Self::Reopen),
+            _ => Err(UNKNOWN_WORD.into()),
         }
     }
 }

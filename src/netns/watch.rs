@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -15,12 +16,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signalfd::SignalFd;
 
-use super::{cannot_open, find, places};
-use crate::config::{Netns, NetnsSource};
+use super::{OpenNetns, cannot_open, find, places};
+use crate::config::{Netns, NetnsGone, NetnsSource};
 use crate::error::{Error, Kind, Result};
+use crate::log;
 
 /// Looking again takes microseconds, so four times a second costs nothing that could be measured.
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
+const LOOK_AGAIN_MS: u16 = 250;
 
 /// Waits for each of `named` to be a namespace, all together at most `ms`. Returns false if a
 /// signal came first; fails as opening it does when it does not appear, and at once for a name
@@ -57,7 +59,9 @@ fn wait_for(netns: &Netns, deadline: Instant, signals: &SignalFd) -> Result<bool
             }
             Err(_) => {}
         }
-        let left = deadline.saturating_duration_since(Instant::now()).min(LOOK_AGAIN);
+        let left = deadline
+            .saturating_duration_since(Instant::now())
+            .min(Duration::from_millis(LOOK_AGAIN_MS.into()));
         let [files, mounts] = events.fds();
         let mut fds = [(signals as &dyn AsFd, PollFlags::POLLIN), files, mounts]
             .map(|(fd, flags)| PollFd::new(fd.as_fd(), flags));
@@ -73,6 +77,89 @@ fn wait_for(netns: &Netns, deadline: Instant, signals: &SignalFd) -> Result<bool
 /// directory for it, or a file that nothing is mounted on yet.
 fn is_absent(errno: Errno) -> bool {
     matches!(errno, Errno::ENOENT | Errno::ENOTDIR | Errno::ENOTTY | Errno::ESRCH)
+}
+
+/// Follows what the name of an entered namespace stands for.
+#[derive(Debug)]
+pub struct Follower {
+    policy: NetnsGone,
+    /// Kept open, so that no later namespace gets its number.
+    entered: Arc<OpenNetns>,
+    events: Events,
+    is_gone: bool,
+    /// Why the namespace that the name stands for is not used yet.
+    failure: Option<Error>,
+}
+
+impl Follower {
+    /// A follower of `entered`, if there is a name to follow and something to do about it.
+    pub fn start(entered: OpenNetns, policy: NetnsGone) -> Result<Option<Self>> {
+        if policy == NetnsGone::Keep || !entered.netns.is_named() {
+            return Ok(None);
+        }
+        let mut events = Events::new(&entered.netns)?;
+        events.renew();
+        let entered = Arc::new(entered);
+        Ok(Some(Self { policy, entered, events, is_gone: false, failure: None }))
+    }
+
+    /// How long to poll at most with this follower, or with none.
+    pub fn timeout(follower: &Option<Self>) -> PollTimeout {
+        if follower.is_some() { PollTimeout::from(LOOK_AGAIN_MS) } else { PollTimeout::NONE }
+    }
+
+    /// When to [`look`](Self::look), besides after the [`timeout`](Self::timeout).
+    pub fn fds(&self) -> [(&dyn AsFd, PollFlags); 2] {
+        self.events.fds()
+    }
+
+    /// The namespace to go on in, if the name has come to stand for another one; an error if that,
+    /// or that there is none, is to end the program.
+    pub fn look(&mut self) -> Result<Option<Arc<OpenNetns>>> {
+        self.events.renew();
+        let netns = &self.entered.netns;
+        match find(netns) {
+            Ok(found) if found.is_same(&self.entered) => {
+                self.is_gone = false;
+                Ok(None)
+            }
+            Ok(_) if self.policy == NetnsGone::Exit => {
+                Err(ended(netns, "the name has become another namespace's"))
+            }
+            Ok(found) => Ok(Some(Arc::new(found))),
+            Err(errno) if is_absent(errno) => {
+                if self.policy == NetnsGone::Exit {
+                    return Err(ended(netns, "the name was deleted"));
+                }
+                if !std::mem::replace(&mut self.is_gone, true) {
+                    log::say_now(&format!("{netns}: the name was deleted; waiting for it"));
+                }
+                Ok(None)
+            }
+            // Out of descriptors, say: that tells nothing about the name.
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Takes note that new connections are in this namespace now.
+    pub fn went_to(&mut self, netns: Arc<OpenNetns>) {
+        log::say_now(&format!("{}: new connections are in the new namespace now", netns.netns));
+        self.entered = netns;
+        self.is_gone = false;
+        self.failure = None;
+    }
+
+    /// Takes note that there can be none yet; [`look`](Self::look) will return it again.
+    pub fn cannot_go(&mut self, error: Error) {
+        if self.failure.as_ref() != Some(&error) {
+            log::say_now(&format!("{error}; trying again"));
+            self.failure = Some(error);
+        }
+    }
+}
+
+fn ended(netns: &Netns, why: &str) -> Error {
+    Error::new(Kind::Netns, format!("{netns}: {why} (--netns-gone exit)"))
 }
 
 /// Tells when it is worth looking again what a name stands for.

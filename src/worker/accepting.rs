@@ -13,9 +13,13 @@ use crate::flow::End;
 pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 impl<E: Engine> Worker<E> {
-    /// Accepts connections from `listener` from the next turn on.
+    /// Accepts connections from `listener` from the next turn on, and no longer from the one
+    /// before it, if there was one.
     pub fn listen(&mut self, listener: E::Socket) {
-        self.listener = Some(listener);
+        if let Some(before) = self.listener.replace(listener) {
+            self.engine.cancel(Token::Accept);
+            self.engine.close(before);
+        }
         self.accept_next();
     }
 

@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 
@@ -48,6 +49,13 @@ impl Names {
         };
         Errno::result(result).map(drop).map_err(Into::into)
     }
+
+    /// Deletes the name as `ip netns delete` does.
+    pub fn delete(&self, name: &str) {
+        let path = self.path(name);
+        unmount(&path);
+        fs::remove_file(path).unwrap();
+    }
 }
 
 impl Drop for Names {
@@ -72,11 +80,18 @@ fn c_string(path: &Path) -> CString {
 pub struct Sleeper(libc::pid_t);
 
 impl Sleeper {
-    /// The highest process id that is not in use: the kernel comes to it last.
+    /// A high process id that is not in use, another one for each call: the kernel comes to it
+    /// late.
     pub fn unused_pid() -> libc::pid_t {
+        static GIVEN: AtomicUsize = AtomicUsize::new(0);
         let max: libc::pid_t =
             fs::read_to_string("/proc/sys/kernel/pid_max").unwrap().trim().parse().unwrap();
-        (1..max).rev().find(|pid| !Path::new(&format!("/proc/{pid}")).exists()).unwrap()
+        let ids = (1..max).rev().skip(GIVEN.fetch_add(100, Ordering::Relaxed));
+        ids.take(100).find(|pid| !Path::new(&format!("/proc/{pid}")).exists()).unwrap()
+    }
+
+    pub fn pid(&self) -> libc::pid_t {
+        self.0
     }
 
     /// A child of this process, in the calling thread's namespaces.
