@@ -361,7 +361,10 @@ impl Shadow {
         match op {
             Op::Connect => {
                 let result = if input.bit() { Err(input.errno()) } else { Ok(()) };
-                self.connected |= result.is_ok();
+                // A target may have reset the connection that was just made.
+                let reset = matches!(result, Err(Errno::ECONNRESET | Errno::EPIPE));
+                self.connected |= result.is_ok() || reset;
+                self.half(Side::Listen).sink_failed |= reset;
                 Event::Connected(result)
             }
             Op::Recv(half) => {
