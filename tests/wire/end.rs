@@ -65,6 +65,12 @@ impl End {
         self.hurried = false;
     }
 
+    /// How long to wait for what must happen. A row that lets megabytes pile up needs them moved
+    /// first, which takes a busy machine seconds.
+    fn limit(&self) -> Duration {
+        if self.hurried { LIMIT } else { 5 * LIMIT }
+    }
+
     /// Reads urgent bytes out of band, as programs do that do not ask for anything else.
     pub fn take_urgent_out_of_band(&mut self) {
         self.inline = false;
@@ -110,12 +116,12 @@ impl End {
 
     /// As [`End::send`], not more than `piece` bytes with one system call.
     pub fn send_in_pieces(&mut self, bytes: u64, piece: usize) {
-        self.write(bytes, piece, MsgFlags::empty(), LIMIT);
+        self.write(bytes, piece, MsgFlags::empty(), self.limit());
     }
 
     /// Sends bytes of which the last is urgent.
     pub fn send_urgent(&mut self, bytes: u64) {
-        self.write(bytes, BUFFER_BYTES, MsgFlags::MSG_OOB, LIMIT);
+        self.write(bytes, BUFFER_BYTES, MsgFlags::MSG_OOB, self.limit());
     }
 
     /// Sends an urgent byte that the receiver does not read as part of the stream.
@@ -144,7 +150,7 @@ impl End {
                 Ok(n) => self.sends.at += n as u64,
                 Err(Errno::EAGAIN) => {
                     if self.wait(PollFlags::POLLOUT, patience).is_none() {
-                        if patience == LIMIT {
+                        if patience >= LIMIT {
                             self.give_up("a write is blocked for ever");
                         }
                         return;
@@ -242,7 +248,7 @@ impl End {
         let mut reading = Reading::default();
         let mut buffer = vec![0; piece];
         while reading.bytes < bytes && !reading.has_ended {
-            let Some(waited) = self.wait(PollFlags::POLLIN, LIMIT) else {
+            let Some(waited) = self.wait(PollFlags::POLLIN, self.limit()) else {
                 reading.event("nothing for 2 s");
                 self.given_up.store(true, Ordering::Relaxed);
                 break;
