@@ -218,7 +218,11 @@ fn missing_privilege_is_told_with_the_option() {
     // Where the program was built another user may not be allowed to look.
     let directory = TempDir::new();
     let file = directory.path().join("nsplice");
-    std::fs::copy(env!("CARGO_BIN_EXE_nsplice"), &file).unwrap();
+    // By a process of its own: a descriptor open for writing here may be inherited by what other
+    // tests start meanwhile, and the copy could not be run (ETXTBSY).
+    let program = env!("CARGO_BIN_EXE_nsplice");
+    let copied = std::process::Command::new("cp").arg(program).arg(&file).status();
+    assert!(copied.unwrap().success());
     let nobody = || {
         let launch = Launch::nsplice().run_as(65534, file.clone());
         launch.listen(([127, 0, 0, 1], 0)).connect(([127, 0, 0, 1], 1))
