@@ -13,14 +13,17 @@ use nsplice::handoff::{Channel, MAX_SOCKETS};
 
 /// Messages of an input; a channel has room for more.
 const MESSAGES_MAX: usize = 8;
+/// How long somebody else may hold a descriptor that is closed here.
+const PATIENCE_MS: u16 = 5_000;
 
 pub fn run(data: &[u8]) {
     let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).expect("pipe");
     script(data, &read);
     drop(read);
-    // All copies are closed when the pipe has nobody who reads.
+    // All copies are closed when the pipe has nobody who reads. A process that lists the descriptors
+    // of others, as lsof does, holds each for a moment; one that is leaked stays.
     let mut fds = [PollFd::new(write.as_fd(), PollFlags::empty())];
-    poll(&mut fds, PollTimeout::ZERO).expect("poll");
+    poll(&mut fds, PollTimeout::from(PATIENCE_MS)).expect("poll");
     let is_closed = fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR));
     assert!(is_closed, "a descriptor is leaked");
 }
