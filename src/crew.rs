@@ -6,21 +6,20 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-use nix::errno::Errno;
-use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::unistd::Pid;
 
-use crate::engine::{Start, Token};
+use self::thread::Thread;
+use crate::engine::Start;
 use crate::error::{Error, Kind, Result};
 use crate::flow::End;
 use crate::handoff::Channel;
 use crate::log::Log;
-use crate::netns::{self, OpenNetns};
-use crate::pace::Pace;
+use crate::netns::OpenNetns;
 use crate::stats::Stats;
 use crate::sys::SharedCounters;
-use crate::worker::{Settings, Worker};
+use crate::worker::Settings;
+
+mod thread;
 
 const LOW_LIMIT: &str = "RLIMIT_NOFILE is too low";
 
@@ -253,127 +252,6 @@ fn spawn<E: Start>(index: usize, seed: Seed, reporter: Reporter) -> Result<Handl
         })
         .map_err(|error| Error::new(Kind::Kernel, format!("cannot start a worker: {error}")))?;
     Ok(Handle { commands, wake, thread })
-}
-
-/// A worker thread, seen from inside: the worker and its channels.
-struct Thread<E: Start> {
-    index: usize,
-    worker: Worker<E>,
-    orders: Receiver<Command>,
-    woken: OwnedFd,
-    handoff: Option<Channel>,
-    ended: SharedCounters,
-    /// Connections counted in `ended` so far.
-    ended_count: u64,
-    pace: Pace,
-    log: Log,
-}
-
-impl<E: Start> Thread<E> {
-    fn new(index: usize, seed: Seed, woken: OwnedFd, orders: Receiver<Command>) -> Result<Self> {
-        if let Some(cpu) = seed.cpu {
-            pin(cpu)?;
-        }
-        let engine = E::start(seed.target, seed.pipe_size_bytes, seed.busy_poll_us)?;
-        let mut worker = Worker::new(engine, seed.settings, seed.log.clone(), seed.connected);
-        worker.engine().readable(Token::Command, &woken);
-        if let Some(channel) = &seed.handoff {
-            worker.engine().readable(Token::Handoff, channel.as_ref());
-        }
-        Ok(Self {
-            index,
-            worker,
-            orders,
-            woken,
-            handoff: seed.handoff,
-            ended: seed.ended,
-            ended_count: 0,
-            pace: Pace::default(),
-            log: seed.log,
-        })
-    }
-
-    fn serve(&mut self, reporter: &Reporter) -> Result<()> {
-        while !self.worker.is_done() {
-            let woken = self.worker.turn().map_err(|errno| {
-                let what = format!("{}: cannot wait for completions", E::NAME);
-                Error::system(Kind::Kernel, what, errno, "")
-            })?;
-            if woken.command {
-                self.obey(reporter);
-            }
-            if woken.handoff {
-                self.take_over();
-            }
-            self.publish();
-            self.pace.turned(self.worker.stats());
-        }
-        Ok(())
-    }
-
-    fn ended(self, result: Result<()>) -> Ended {
-        let stats = self.worker.stats().clone();
-        Ended { index: self.index, stats, last_end: self.worker.last_end(), result }
-    }
-
-    fn obey(&mut self, reporter: &Reporter) {
-        let mut count = [0; 8];
-        let _ = nix::unistd::read(&self.woken, &mut count);
-        while let Ok(order) = self.orders.try_recv() {
-            match order {
-                Command::Listen(listener) => {
-                    self.worker.listen(listener);
-                    reporter.send(Report::Accepting);
-                }
-                Command::Forward(client) => self.worker.add(client),
-                Command::Enter(netns, reply) => {
-                    // Nobody waits for it any more: the program is ending.
-                    let _ = reply.send(netns::enter(&netns));
-                }
-                Command::Stop => self.worker.stop(),
-            }
-        }
-        self.worker.engine().readable(Token::Command, &self.woken);
-    }
-
-    /// Takes over the connections the listener has accepted for this worker.
-    fn take_over(&mut self) {
-        let Some(channel) = &self.handoff else { return };
-        loop {
-            match channel.receive() {
-                Ok(Some(received)) => {
-                    if received.truncated {
-                        self.log.line("connections lost: RLIMIT_NOFILE is too low to take them");
-                    }
-                    for client in received.sockets {
-                        self.worker.add(client);
-                    }
-                }
-                Err(Errno::EAGAIN) => break,
-                // The listener is gone; the control channel says so too, and ends the worker.
-                Ok(None) | Err(_) => return,
-            }
-        }
-        self.worker.engine().readable(Token::Handoff, channel.as_ref());
-    }
-
-    /// Lets the listener know how many connections have ended here.
-    fn publish(&mut self) {
-        let stats = self.worker.stats();
-        let count = stats.completed + stats.failed + stats.stopped;
-        if count > self.ended_count {
-            self.ended.add(self.index, (count - self.ended_count) as u32);
-            self.ended_count = count;
-        }
-    }
-}
-
-fn pin(cpu: usize) -> Result<()> {
-    let mut set = CpuSet::new();
-    set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)).map_err(|errno| {
-        let what = format!("--cpus: cannot pin a worker to CPU {cpu}");
-        Error::system(Kind::Kernel, what, errno, "no such CPU, or not one for this process")
-    })
 }
 
 fn event_fd() -> Result<EventFd> {

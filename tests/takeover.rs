@@ -1,0 +1,272 @@
+//! Restart without loss: --takeover.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use nix::sys::signal::Signal;
+use support::exchanges::{Exchange, run_clients, serve};
+use support::streams::{accept, connect, read_to_end};
+use support::{Forwarder, Launch, Netns, TempDir, eventually, namespaces};
+
+const HANDOFFS: [&str; 2] = ["socket", "connections"];
+
+/// Where the processes of a test follow one another.
+struct Line {
+    directory: TempDir,
+    clients: Netns,
+    targets: Netns,
+    server: TcpListener,
+}
+
+impl Line {
+    fn new(clients: Netns, targets: Netns) -> Self {
+        let server = targets.listen("127.0.0.1:0");
+        Self { directory: TempDir::new(), clients, targets, server }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("takeover")
+    }
+
+    /// One of the processes. The first may listen at any port.
+    fn launch(&self, address: SocketAddr, handoff: &str) -> Launch {
+        Launch::nsplice()
+            .listen_netns(&self.clients)
+            .connect_netns(&self.targets)
+            .listen(address)
+            .connect(self.server.local_addr().unwrap())
+            .option("--handoff", handoff)
+            .option("--takeover", self.path())
+    }
+
+    /// A connection through whoever takes it.
+    fn connection(&self, address: SocketAddr) -> (TcpStream, TcpStream) {
+        let client = self.clients.enter(|| connect(address));
+        (client, accept(&self.server))
+    }
+
+    /// Only the socket at the path, or nothing, is left in the directory.
+    #[track_caller]
+    fn assert_files(&self, wanted: &[&str]) {
+        let names = std::fs::read_dir(self.directory.path()).unwrap();
+        let names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, wanted);
+    }
+}
+
+fn any() -> SocketAddr {
+    ([127, 0, 0, 1], 0).into()
+}
+
+#[track_caller]
+fn assert_works((client, server): &mut (TcpStream, TcpStream)) {
+    let mut message = *b"ping";
+    client.write_all(&message).unwrap();
+    server.read_exact(&mut message).unwrap();
+    server.write_all(b"pong").unwrap();
+    client.read_exact(&mut message).unwrap();
+    assert_eq!(&message, b"pong");
+}
+
+/// Short connections, many at a time, one batch after the other until `stop`; returns how many.
+fn storm(line: &Line, address: SocketAddr, stop: &AtomicBool, done: &AtomicUsize) {
+    const BATCH: u64 = 400;
+    let exchanges: Vec<_> =
+        (0..BATCH).map(|seed| Exchange { seed, up: 64, down: 64 + seed }).collect();
+    while !stop.load(Ordering::Relaxed) {
+        std::thread::scope(|scope| {
+            scope.spawn(|| serve(&line.server, exchanges.len()));
+            line.clients.enter(|| run_clients(address, &exchanges, 32));
+        });
+        done.fetch_add(exchanges.len(), Ordering::Relaxed);
+    }
+}
+
+/// Every exchange checks that each byte arrives, in both directions, and each end; a client that
+/// is refused or reset is a panic.
+#[test]
+fn nobody_is_refused_or_reset_in_a_storm_of_connections() {
+    for handoffs in
+        [["socket"; 4], ["connections"; 4], ["socket", "connections", "socket", "socket"]]
+    {
+        namespaces!(clients, targets);
+        let line = Line::new(clients, targets);
+        let mut running = line.launch(any(), handoffs[0]).start();
+        let address = running.address();
+        let (stop, done) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let mut exits = Vec::new();
+        std::thread::scope(|scope| {
+            scope.spawn(|| storm(&line, address, &stop, &done));
+            for handoff in &handoffs[1..] {
+                let before = done.load(Ordering::Relaxed);
+                eventually("the storm goes on", || {
+                    (done.load(Ordering::Relaxed) > before).then_some(())
+                });
+                let successor = line.launch(address, handoff).start();
+                exits.push(std::mem::replace(&mut running, successor).finish());
+            }
+            let before = done.load(Ordering::Relaxed);
+            eventually("the storm goes on", || {
+                (done.load(Ordering::Relaxed) > before).then_some(())
+            });
+            stop.store(true, Ordering::Relaxed);
+        });
+        exits.push(running.stop());
+        let mut connections = 0;
+        for exit in &exits {
+            exit.assert_clean();
+            let summary = exit.summary();
+            assert_eq!(summary["completed"], summary["connections"], "{summary}");
+            assert!(summary["connections"].as_u64() > Some(0), "it had no part: {summary}");
+            connections += summary["connections"].as_u64().unwrap();
+        }
+        assert_eq!(connections, done.load(Ordering::Relaxed) as u64, "{handoffs:?}");
+        line.assert_files(&[]);
+    }
+}
+
+#[test]
+fn a_connection_of_the_old_process_goes_on_until_it_ends_by_itself() {
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets);
+        let line = Line::new(clients, targets);
+        let old = line.launch(any(), handoff).start();
+        let mut lasting = line.connection(old.address());
+        assert_works(&mut lasting);
+        // Any port will do: what counts is whose socket it is.
+        let new = line.launch(any(), handoff).start();
+        assert_eq!(new.address(), old.address());
+        assert_works(&mut lasting);
+        assert_works(&mut line.connection(new.address()));
+        assert!(old.listener.is_alive() && old.connector().is_alive());
+        drop(lasting);
+        let exit = old.finish();
+        exit.assert_clean();
+        assert_eq!(exit.summary()["completed"], 1, "{exit:?}");
+        // The end of the old one is not the end of the path.
+        line.assert_files(&["takeover"]);
+        assert_works(&mut line.connection(new.address()));
+        new.stop().assert_clean();
+        line.assert_files(&[]);
+    }
+}
+
+#[test]
+fn a_signal_ends_the_old_process_with_its_connections() {
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets);
+        let line = Line::new(clients, targets);
+        let old = line.launch(any(), handoff).start();
+        let mut lasting = line.connection(old.address());
+        assert_works(&mut lasting);
+        let new = line.launch(any(), handoff).start();
+        old.stop().assert_clean();
+        assert_ne!(read_to_end(&mut lasting.0).how, "WouldBlock");
+        assert_works(&mut line.connection(new.address()));
+        new.stop().assert_clean();
+    }
+}
+
+#[test]
+fn the_engines_take_over_from_each_other() {
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets);
+        let line = Line::new(clients, targets);
+        let mut running = line.launch(any(), handoff).engine("epoll").start();
+        let address = running.address();
+        for engine in ["auto", "epoll"] {
+            let successor = line.launch(address, handoff).engine(engine).start();
+            std::mem::replace(&mut running, successor).finish().assert_clean();
+            for _ in 0..10 {
+                assert_works(&mut line.connection(address));
+            }
+        }
+        running.stop().assert_clean();
+    }
+}
+
+#[test]
+fn the_port_is_free_after_the_end_whoever_is_killed() {
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets);
+        let line = Line::new(clients, targets);
+        let forwarder = line.launch(any(), handoff).start();
+        let port = forwarder.address().port();
+        let path = line.path();
+        let mode = std::fs::symlink_metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "another user can connect to it");
+        forwarder.connector().signal(Signal::SIGKILL);
+        assert_eq!(forwarder.finish().code(), Some(7));
+        eventually("the port is free", || (!line.clients.listens(port)).then_some(()));
+        line.assert_files(&[]);
+        // One that is killed leaves its file, which is in nobody's way.
+        let forwarder = line.launch(any(), handoff).start();
+        forwarder.listener.signal(Signal::SIGKILL);
+        assert_eq!(forwarder.finish().code(), None);
+        line.assert_files(&["takeover"]);
+        assert!(std::fs::symlink_metadata(&path).unwrap().file_type().is_socket());
+        let forwarder = line.launch(any(), handoff).start();
+        assert_works(&mut line.connection(forwarder.address()));
+        forwarder.stop().assert_clean();
+    }
+}
+
+/// The start of a process that must not work; the one that runs goes on.
+#[track_caller]
+fn assert_refused(line: &Line, running: &Forwarder, launch: Launch, text: &str) {
+    let exit = launch.run();
+    assert_eq!(exit.code(), Some(4), "{exit:?}");
+    let wanted = format!("Error: --takeover {}: {text}", line.path().display());
+    assert!(exit.stderr.starts_with(&wanted), "{:?} is not {wanted:?}", exit.stderr);
+    assert_eq!(exit.stderr.lines().count(), 1, "{exit:?}");
+    assert_works(&mut line.connection(running.address()));
+    line.assert_files(&["takeover"]);
+}
+
+#[test]
+fn a_socket_that_is_not_what_was_asked_for_is_refused_and_the_old_process_goes_on() {
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets, others);
+        let mut line = Line::new(clients, targets);
+        let running = line.launch(any(), handoff).start();
+        let address = running.address();
+        let mut other = address;
+        other.set_ip([127, 0, 0, 2].into());
+        let text = format!("the process there listens at {address}, not at {other}");
+        assert_refused(&line, &running, line.launch(other, handoff), &text);
+        let clients = std::mem::replace(&mut line.clients, others);
+        let elsewhere = line.launch(address, handoff);
+        line.clients = clients;
+        let text = "the process there listens in another network namespace";
+        assert_refused(&line, &running, elsewhere, text);
+        // Nobody was told to go.
+        let successor = line.launch(address, handoff).start();
+        running.finish().assert_clean();
+        successor.stop().assert_clean();
+    }
+}
+
+#[test]
+fn what_is_at_the_path_and_is_none_of_ours_stays() {
+    namespaces!(clients, targets);
+    let line = Line::new(clients, targets);
+    std::fs::write(line.path(), "precious").unwrap();
+    let exit = line.launch(any(), "socket").run();
+    assert_eq!(exit.code(), Some(4), "{exit:?}");
+    assert!(exit.stderr.contains("there is a file that is no socket"), "{exit:?}");
+    assert_eq!(std::fs::read(line.path()).unwrap(), b"precious");
+    std::fs::remove_file(line.path()).unwrap();
+
+    let _other = std::os::unix::net::UnixListener::bind(line.path()).unwrap();
+    let exit = line.launch(any(), "socket").run();
+    assert_eq!(exit.code(), Some(4), "{exit:?}");
+    assert!(exit.stderr.contains("the socket there is another program's"), "{exit:?}");
+    line.assert_files(&["takeover"]);
+}
