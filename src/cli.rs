@@ -15,6 +15,7 @@ mod values;
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
+use std::path::PathBuf;
 
 use argh::FromArgs;
 
@@ -101,6 +102,9 @@ pub struct Args {
     /// what to do when a name is another namespace's
     #[argh(option)]
     pub netns_gone: Option<NetnsGone>,
+    /// where to get the listening socket from
+    #[argh(option)]
+    pub takeover: Option<PathBuf>,
     /// io_uring or epoll
     #[argh(option)]
     pub engine: Option<Engine>,
@@ -156,11 +160,16 @@ impl Args {
     pub fn into_config(self) -> Result<Config> {
         let forward = Forward { listen: self.listen_side()?, connect: self.connect_side()? };
         self.check_names(&forward)?;
+        let binds = matches!(forward.listen, ListenSide::Bind { .. });
+        if self.takeover.is_some() && (!binds || forward.is_single()) {
+            return Err(mix("--takeover goes with -l and -c only"));
+        }
         Ok(Config {
             forwards: vec![forward],
             wait_netns_ms: self.wait_netns.map_or(0, |Seconds { ms }| ms),
             ready_fd: fd("--ready-fd", self.ready_fd)?,
             netns_gone: self.netns_gone.unwrap_or_default(),
+            takeover: self.takeover,
             engine: self.engine.unwrap_or_default(),
             handoff: self.handoff.unwrap_or_default(),
             transfer: self.transfer.unwrap_or_default(),

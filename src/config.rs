@@ -17,6 +17,8 @@ pub struct Config {
     pub wait_netns_ms: u32,
     /// What to do when a namespace's name goes or comes to stand for another.
     pub netns_gone: NetnsGone,
+    /// Where a process gets the listening socket of the one it replaces, and is asked for it.
+    pub takeover: Option<PathBuf>,
     /// What the workers wait for the kernel with.
     pub engine: Engine,
     /// How accepted connections reach the connector.

@@ -169,7 +169,7 @@ fn serve(
                 Err(errno) => return Err(lost(errno)),
             },
         }
-        if crew.has_ended() {
+        if crew.is_over() {
             return Ok(());
         }
         if crew.is_accepting() && !announced {
@@ -205,6 +205,10 @@ fn hand_on(received: Received, crew: &mut Crew) -> Result<()> {
         }
         Message::Start => {
             crew.accept_handoff();
+            Ok(())
+        }
+        Message::Drain => {
+            crew.drain();
             Ok(())
         }
         other => Err(Error::new(Kind::Process, format!("the listener is confused: {other:?}"))),

@@ -53,6 +53,8 @@ enum Command {
     Forward(OwnedFd),
     /// Make new connections from this namespace, and say so.
     Enter(Arc<OpenNetns>, Sender<Result<()>>),
+    /// Accept no more, and end the thread after the last connection.
+    Drain,
     /// End all connections, then the thread.
     Stop,
 }
@@ -178,9 +180,18 @@ impl Crew {
         self.accepting == self.workers.len()
     }
 
-    /// Whether a worker has ended: it failed, or the only connection is over.
-    pub fn has_ended(&self) -> bool {
-        !self.ended.is_empty()
+    /// Has every worker end with its last connection. One that is handed connections over first
+    /// takes all that come until its channel ends.
+    pub fn drain(&self) {
+        for worker in &self.workers {
+            worker.tell(Command::Drain);
+        }
+    }
+
+    /// Whether a worker has failed, or all have ended: with their last or the only connection.
+    pub fn is_over(&self) -> bool {
+        let has_failed = self.ended.iter().any(|ended| ended.result.is_err());
+        has_failed || self.ended.len() == self.workers.len()
     }
 
     /// Ends all workers. Returns their counters, and how the connection that ended last did; or

@@ -1,4 +1,4 @@
-//! What crosses the socketpairs between the two processes: messages of one byte, with sockets.
+//! What crosses the sockets between two processes: messages of one byte, with sockets.
 //!
 //! A channel is a SOCK_SEQPACKET socketpair, so a message and its descriptors arrive together or
 //! not at all, and the death of one end is seen at once at the other.
@@ -30,6 +30,8 @@ pub enum Message {
     Accepting = b'A',
     /// Listener: accepted connections.
     Connections = b'C',
+    /// Listener: accept no more, and end with the last connection.
+    Drain = b'D',
     /// Listener: end all connections, then the process.
     Stop = b'T',
 }
@@ -42,6 +44,7 @@ impl Message {
             Message::Start,
             Message::Accepting,
             Message::Connections,
+            Message::Drain,
             Message::Stop,
         ];
         all.into_iter().find(|&message| message as u8 == byte)
@@ -126,6 +129,13 @@ fn descriptors(mut control: &[u8]) -> Vec<RawFd> {
         control = control.get(next..).unwrap_or_default();
     }
     found
+}
+
+/// An end that was come by otherwise: a connected SOCK_SEQPACKET socket.
+impl From<OwnedFd> for Channel {
+    fn from(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
 }
 
 impl AsFd for Channel {

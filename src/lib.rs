@@ -19,6 +19,7 @@ pub mod pipe;
 pub mod process;
 pub mod stats;
 pub mod sys;
+pub mod takeover;
 pub mod worker;
 
 use std::env;

@@ -3,26 +3,28 @@
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, accept4, bind, getsockname,
-    listen, setsockopt, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, getsockname, listen,
+    setsockopt, socket, sockopt,
 };
 use nix::unistd::write;
 
+use self::outbox::{Outbox, accept_batch};
 use crate::config::{Handoff, NetnsGone};
 use crate::error::{Error, Kind, Result};
-use crate::handoff::{Channel, MAX_SOCKETS, Message};
+use crate::handoff::{Channel, Message};
 use crate::log;
 use crate::netns::{self, Follower};
 use crate::process::{ListenPart, Wake, wait_any};
 use crate::sys::{SharedCounters, set_nonblocking};
+use crate::takeover::{Answer, Takeover};
 
-/// Connections accepted before those accepted so far are handed over.
-const BATCH: usize = 64;
+mod outbox;
 
 /// How long accepting pauses after the system ran out of something.
 const PAUSE_MS: u16 = 100;
@@ -37,6 +39,8 @@ pub struct Part<'a> {
     pub listen: ListenPart,
     /// What to do when its namespace's name goes.
     pub netns_gone: NetnsGone,
+    /// Where another process is taken over from, and takes over.
+    pub takeover: Option<&'a Path>,
     /// To the connector.
     pub control: &'a Channel,
     /// To each worker.
@@ -49,62 +53,48 @@ pub struct Part<'a> {
     pub ready: Option<OwnedFd>,
 }
 
-/// Serves until told to stop or until the connector is gone, which the caller finds out about.
+/// Serves until told to stop, until another process has taken over and the last connection is
+/// over, or until the connector is gone, which the caller finds out about.
 pub fn run(part: Part) -> Result<u8> {
     let (control, signals) = (part.control, part.signals);
     if !expect(control, signals, Message::Ready)? {
         return Ok(0);
     }
-    let (source, follower) = open(part.listen, part.netns_gone)?;
-    let bound = getsockname::<SockaddrStorage>(source.as_raw_fd());
-    let address =
-        bound.as_ref().map_or_else(|_| "unknown".to_owned(), |address| address.to_string());
     let mut serving = Serving {
         control,
         signals,
         handoff: part.handoff,
         listener: None,
-        outboxes: part.workers.iter().map(Outbox::new).collect(),
-        ended: &part.ended,
-        follower,
-        address: bound.ok().as_ref().and_then(socket_address),
+        outboxes: part.workers.into_iter().map(Outbox::new).collect(),
+        ended: part.ended,
+        follower: None,
+        takeover: None,
+        bound: None,
     };
-    match source {
-        Source::Client(client) => send(control, Message::Connections, &[client.as_fd()])?,
-        Source::Listener(listener) => serving.accept_from(listener)?,
-    }
+    let address = match part.listen {
+        ListenPart::Accepted(client) => {
+            send(control, Message::Connections, &[client.as_fd()])?;
+            own_address(&client)
+        }
+        ListenPart::Listener(listener) => serving.accept_from(listener)?,
+        ListenPart::Bind(address, netns) => {
+            if let Some(netns) = netns {
+                netns::enter(&netns)?;
+                serving.follower = Follower::start(netns, part.netns_gone)?;
+            }
+            serving.takeover = part.takeover.map(Takeover::prepare).transpose()?;
+            let Some(listener) = serving.listening_socket(address)? else { return Ok(0) };
+            serving.accept_from(listener)?
+        }
+    };
     if !expect(control, signals, Message::Accepting)? {
         return Ok(0);
     }
-    announce(&address, part.verbose, part.ready);
+    if let Some(takeover) = &mut serving.takeover {
+        takeover.publish()?;
+    }
+    announce(address.as_ref(), part.verbose, part.ready);
     serving.serve()
-}
-
-enum Source {
-    Listener(OwnedFd),
-    Client(OwnedFd),
-}
-
-impl AsRawFd for Source {
-    fn as_raw_fd(&self) -> i32 {
-        let (Source::Listener(fd) | Source::Client(fd)) = self;
-        fd.as_raw_fd()
-    }
-}
-
-fn open(listen: ListenPart, netns_gone: NetnsGone) -> Result<(Source, Option<Follower>)> {
-    match listen {
-        ListenPart::Accepted(client) => Ok((Source::Client(client), None)),
-        ListenPart::Listener(listener) => Ok((Source::Listener(listener), None)),
-        ListenPart::Bind(address, netns) => {
-            let mut follower = None;
-            if let Some(netns) = netns {
-                netns::enter(&netns)?;
-                follower = Follower::start(netns, netns_gone)?;
-            }
-            Ok((Source::Listener(listen_at(address)?), follower))
-        }
-    }
 }
 
 /// Listens at `address` in the namespace this process is in.
@@ -137,6 +127,11 @@ fn bind_and_listen(address: SocketAddr) -> std::result::Result<OwnedFd, Errno> {
     Ok(listener)
 }
 
+/// The address a socket is bound to, if it can be told.
+fn own_address(socket: &OwnedFd) -> Option<SockaddrStorage> {
+    getsockname(socket.as_raw_fd()).ok()
+}
+
 /// The same address as the standard library has it; `None` if it is no internet address.
 fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
     let v4 = address.as_sockaddr_in().map(|&address| SocketAddr::V4(address.into()));
@@ -165,7 +160,8 @@ fn expect(control: &Channel, signals: &SignalFd, message: Message) -> Result<boo
     }
 }
 
-fn announce(address: &str, verbose: bool, ready: Option<OwnedFd>) {
+fn announce(address: Option<&SockaddrStorage>, verbose: bool, ready: Option<OwnedFd>) {
+    let address = address.map_or_else(|| "unknown".to_owned(), SockaddrStorage::to_string);
     if let Some(ready) = ready {
         // Whoever asked to be told and did not wait for it is nothing to fail for.
         let _ = write(ready, format!("{address}\n").as_bytes());
@@ -175,52 +171,48 @@ fn announce(address: &str, verbose: bool, ready: Option<OwnedFd>) {
     }
 }
 
-/// Accepted connections on their way to a worker.
-struct Outbox<'a> {
-    channel: &'a Channel,
-    waiting: Vec<OwnedFd>,
-    /// Connections the worker was given (wrapping, like its count of those it ended).
-    given: u32,
-}
-
-impl<'a> Outbox<'a> {
-    fn new(channel: &'a Channel) -> Self {
-        Self { channel, waiting: Vec::new(), given: 0 }
-    }
-
-    /// Hands over what is waiting, as far as the worker's channel takes it.
-    fn flush(&mut self) -> std::result::Result<(), Errno> {
-        while !self.waiting.is_empty() {
-            let batch = self.waiting.len().min(MAX_SOCKETS);
-            let sockets: Vec<_> = self.waiting[..batch].iter().map(OwnedFd::as_fd).collect();
-            self.channel.send(Message::Connections, &sockets)?;
-            // Our copies must go: they would keep the connections open (kernel-fact 14).
-            self.waiting.drain(..batch);
-        }
-        Ok(())
-    }
-}
-
 /// The listener at work.
 struct Serving<'a> {
     control: &'a Channel,
     signals: &'a SignalFd,
     handoff: Handoff,
-    /// What connections are accepted from here; the connector's with `--handoff socket`.
+    /// What connections are accepted from here; or, when the connector accepts them, a copy for
+    /// the process that may take over.
     listener: Option<OwnedFd>,
-    outboxes: Vec<Outbox<'a>>,
-    ended: &'a SharedCounters,
+    outboxes: Vec<Outbox>,
+    ended: SharedCounters,
     follower: Option<Follower>,
+    takeover: Option<Takeover>,
     /// Where it listens, if that is an internet address.
-    address: Option<SocketAddr>,
+    bound: Option<SocketAddr>,
 }
 
 impl Serving<'_> {
+    /// A socket that listens at `address`: a predecessor's or a new one; `None`: interrupted.
+    fn listening_socket(&mut self, address: SocketAddr) -> Result<Option<OwnedFd>> {
+        if let Some(takeover) = &mut self.takeover {
+            match takeover.ask(self.control, self.signals)? {
+                Answer::Nobody => {}
+                Answer::Interrupted => return Ok(None),
+                Answer::Socket(listener) => {
+                    return takeover.check(&listener, address).map(|()| Some(listener));
+                }
+            }
+        }
+        listen_at(address).map(Some)
+    }
+
     /// Has connections accepted from `listener`, here or in the connector, and from no other.
-    fn accept_from(&mut self, listener: OwnedFd) -> Result<()> {
+    /// Returns its address.
+    fn accept_from(&mut self, listener: OwnedFd) -> Result<Option<SockaddrStorage>> {
+        let address = own_address(&listener);
+        self.bound = address.as_ref().and_then(socket_address);
         match self.handoff {
-            // Only the connector has it then: nothing here must keep the port open.
-            Handoff::Socket => send(self.control, Message::Listener, &[listener.as_fd()]),
+            Handoff::Socket => {
+                send(self.control, Message::Listener, &[listener.as_fd()])?;
+                // Nothing here may keep the port open without need.
+                self.listener = self.takeover.is_some().then_some(listener);
+            }
             Handoff::Connections => {
                 set_nonblocking(&listener).map_err(|errno| {
                     Error::system(Kind::Socket, "cannot make the listener non-blocking", errno, "")
@@ -228,38 +220,32 @@ impl Serving<'_> {
                 if self.listener.replace(listener).is_none() {
                     send(self.control, Message::Start, &[])?;
                 }
-                Ok(())
             }
         }
+        Ok(address)
     }
 
-    fn serve(&mut self) -> Result<u8> {
+    fn serve(mut self) -> Result<u8> {
         let mut paused = false;
         let mut failure = None;
         loop {
-            let mut blocked = false;
-            let mut own: Vec<(&dyn AsFd, PollFlags)> = Vec::new();
-            for outbox in &mut self.outboxes {
-                match outbox.flush() {
-                    Ok(()) => continue,
-                    Err(Errno::EAGAIN) => own.push((outbox.channel, PollFlags::POLLOUT)),
-                    // Too much in flight, or no memory: a pause helps, no change of the channel
-                    // does. A connector that is gone is told by the control channel.
-                    Err(_) => {}
-                }
-                blocked = true;
-            }
+            let blocked = self.flush();
             let may_accept = !blocked && !paused;
-            own.extend(self.listener.iter().filter(|_| may_accept).map(readable));
-            own.extend(self.follower.iter().flat_map(Follower::fds));
             let timeout =
                 if may_accept { Follower::timeout(&self.follower) } else { PAUSE_MS.into() };
-            if wait_any(self.control, self.signals, &own, timeout)? != Wake::Own {
+            if self.wait(may_accept, timeout)? != Wake::Own {
                 return Ok(0);
             }
+            if let Some((takeover, listener)) = self.takeover.as_mut().zip(self.listener.as_ref())
+                && takeover.serve(listener)
+            {
+                return self.drain();
+            }
             self.follow()?;
-            if let Some(listener) = self.listener.as_ref().filter(|_| !blocked) {
-                let result = accept_batch(listener, &mut self.outboxes, self.ended);
+            if let Some(listener) = self.listener.as_ref().filter(|_| !blocked)
+                && self.handoff == Handoff::Connections
+            {
+                let result = accept_batch(listener, &mut self.outboxes, &self.ended);
                 paused = result.is_err();
                 if let Err(errno) = result
                     && failure != Some(errno)
@@ -271,9 +257,36 @@ impl Serving<'_> {
         }
     }
 
+    /// Hands over what waits. Returns whether some still has to.
+    fn flush(&mut self) -> bool {
+        let mut blocked = false;
+        for outbox in &mut self.outboxes {
+            // Later: when its channel takes more; or when less is in flight or there is memory,
+            // which a pause helps. A connector that is gone is told by the control channel.
+            blocked |= outbox.flush().is_err();
+        }
+        blocked
+    }
+
+    fn wait(&self, may_accept: bool, timeout: PollTimeout) -> Result<Wake> {
+        let mut own: Vec<(&dyn AsFd, PollFlags)> = Vec::new();
+        for outbox in self.outboxes.iter().filter(|outbox| outbox.is_full) {
+            own.push((&outbox.channel, PollFlags::POLLOUT));
+        }
+        if let Some(listener) = &self.listener
+            && may_accept
+            && self.handoff == Handoff::Connections
+        {
+            own.push((listener, PollFlags::POLLIN));
+        }
+        own.extend(self.follower.iter().flat_map(Follower::fds));
+        own.extend(self.takeover.iter().map(Takeover::fd));
+        wait_any(self.control, self.signals, &own, timeout)
+    }
+
     /// Listens where the name of the namespace leads now.
     fn follow(&mut self) -> Result<()> {
-        let Some((mut follower, address)) = self.follower.take().zip(self.address) else {
+        let Some((mut follower, address)) = self.follower.take().zip(self.bound) else {
             return Ok(());
         };
         if let Some(netns) = follower.look()? {
@@ -288,36 +301,19 @@ impl Serving<'_> {
         self.follower = Some(follower);
         Ok(())
     }
-}
 
-fn readable(fd: &OwnedFd) -> (&dyn AsFd, PollFlags) {
-    (fd, PollFlags::POLLIN)
-}
-
-/// Accepts what is there, up to a batch, each for the worker with the fewest connections; fails
-/// when the system has run out of something.
-fn accept_batch(
-    listener: &OwnedFd,
-    outboxes: &mut [Outbox],
-    ended: &SharedCounters,
-) -> std::result::Result<(), Errno> {
-    for _ in 0..BATCH {
-        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-        match accept4(listener.as_raw_fd(), flags).and_then(crate::sys::own) {
-            Ok(client) => {
-                let load = |(index, outbox): &(usize, &mut Outbox)| {
-                    outbox.given.wrapping_sub(ended.get(*index))
-                };
-                let least = outboxes.iter_mut().enumerate().min_by_key(load);
-                if let Some((_, outbox)) = least {
-                    outbox.given = outbox.given.wrapping_add(1);
-                    outbox.waiting.push(client);
-                }
+    /// Accepts no more, and ends when the connector does: after the last connection.
+    fn drain(mut self) -> Result<u8> {
+        (self.listener, self.follower, self.takeover) = (None, None, None);
+        while self.flush() {
+            if self.wait(false, PAUSE_MS.into())? != Wake::Own {
+                return Ok(0);
             }
-            Err(Errno::EAGAIN) => break,
-            Err(Errno::EINTR | Errno::ECONNABORTED) => {}
-            Err(errno) => return Err(errno),
         }
+        send(self.control, Message::Drain, &[])?;
+        // Their ends tell the workers that there is no more to take.
+        self.outboxes.clear();
+        while self.wait(false, PollTimeout::NONE)? == Wake::Own {}
+        Ok(0)
     }
-    Ok(())
 }

@@ -122,6 +122,7 @@ pub fn run(config: &Config) -> Result<u8> {
                 handoff,
                 listen,
                 netns_gone: config.netns_gone,
+                takeover: config.takeover.as_deref(),
                 control: &to_connector,
                 workers: listener_ends,
                 ended: channels.ended,

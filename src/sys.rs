@@ -108,19 +108,27 @@ pub(crate) fn epoll_ctl(
 /// Takes the failure that waits to be told by the socket. Errors as that, or as getsockopt(2).
 pub(crate) fn take_error(socket: RawFd) -> Result<(), Errno> {
     let mut error: libc::c_int = 0;
-    let mut length = size_of_val(&error) as libc::socklen_t;
-    // SAFETY: SO_ERROR is one int, for which there is room until the call returns.
-    let result = unsafe {
-        libc::getsockopt(
-            socket,
-            libc::SOL_SOCKET,
-            libc::SO_ERROR,
-            (&raw mut error).cast(),
-            &raw mut length,
-        )
-    };
-    Errno::result(result)?;
+    socket_option(socket, libc::SO_ERROR, &mut error)?;
     if error == 0 { Ok(()) } else { Err(Errno::from_raw(error)) }
+}
+
+/// A number that no other network namespace has than the one the socket is in. Errors as
+/// getsockopt(2); ENOPROTOOPT before Linux 5.14.
+pub(crate) fn netns_cookie(socket: impl AsFd) -> Result<u64, Errno> {
+    let mut cookie: u64 = 0;
+    socket_option(socket.as_fd().as_raw_fd(), libc::SO_NETNS_COOKIE, &mut cookie)?;
+    Ok(cookie)
+}
+
+/// Reads a number of this size, at the level SOL_SOCKET.
+fn socket_option<T: Into<i128>>(socket: RawFd, name: i32, value: &mut T) -> Result<(), Errno> {
+    let mut length = size_of::<T>() as libc::socklen_t;
+    let level = libc::SOL_SOCKET;
+    // SAFETY: there is room for the length given until the call returns, and any bytes are a
+    // number.
+    let result =
+        unsafe { libc::getsockopt(socket, level, name, (&raw mut *value).cast(), &raw mut length) };
+    Errno::result(result).map(drop)
 }
 
 /// From `asm-generic/sockios.h`; the crates do not have it.

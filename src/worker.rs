@@ -68,6 +68,8 @@ pub struct Worker<E: Engine> {
     accept_failure: Option<Errno>,
     /// The socket given by `-C`, until the connection it is for is there.
     target: Option<E::Socket>,
+    /// Nothing more comes; the flows there are end by themselves.
+    draining: bool,
     stopping: bool,
     /// How the last flow ended.
     last_end: Option<End>,
@@ -93,6 +95,7 @@ impl<E: Engine> Worker<E> {
             accept_pause: None,
             accept_failure: None,
             target,
+            draining: false,
             stopping: false,
             last_end: None,
         }
@@ -128,10 +131,17 @@ impl<E: Engine> Worker<E> {
         self.pump(index);
     }
 
+    /// Accepts no more; [`Worker::is_done`] tells when all flows have ended by themselves.
+    pub fn drain(&mut self) {
+        self.draining = true;
+        self.stop_accepting();
+    }
+
     /// Ends all flows; [`Worker::is_done`] tells when they have ended.
     pub fn stop(&mut self) {
         self.stopping = true;
         self.stop_accepting();
+        self.accept_pause = None;
         for client in std::mem::take(&mut self.waiting) {
             self.turn_away(client);
         }
@@ -142,8 +152,9 @@ impl<E: Engine> Worker<E> {
 
     /// Whether there is nothing left to do and nothing will come.
     pub fn is_done(&self) -> bool {
-        let over = self.stopping || (self.settings.single && self.stats.connections > 0);
-        over && !self.is_accepting && self.live() == 0
+        let is_single = self.settings.single && self.stats.connections > 0;
+        let is_over = self.stopping || self.draining || is_single;
+        is_over && !self.is_accepting && self.waiting.is_empty() && self.live() == 0
     }
 
     /// Number of live flows.

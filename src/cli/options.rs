@@ -5,6 +5,7 @@
 
 use std::fmt::Display;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::values::{CpuList, Microseconds, PipeSize, Seconds, Workers};
@@ -62,6 +63,7 @@ pub(super) const SECTIONS: &[Section] = &[
     Section { title: "Listen side (exactly one of -l, -L, -S)", options: LISTEN_SIDE },
     Section { title: "Connect side (exactly one of -c, -C)", options: CONNECT_SIDE },
     Section { title: "Namespaces that come and go", options: NAMESPACES },
+    Section { title: "Restart without loss", options: RESTART },
     Section { title: "Forwarding", options: FORWARDING },
     Section { title: "Reporting", options: REPORTING },
 ];
@@ -154,6 +156,15 @@ const NAMESPACES: &[Opt] = &[
         default: Some("keep"),
     },
 ];
+
+const RESTART: &[Opt] = &[Opt {
+    short: None,
+    long: "--takeover",
+    value: Some(PATH),
+    help: "Take the listening socket over from the process that waits at this path, if there is \
+           one, which then accepts no more; and wait there for the next",
+    default: None,
+}];
 
 const FORWARDING: &[Opt] = &[
     Opt {
@@ -264,6 +275,7 @@ const NETNS: Value =
     Value { name: "NETNS", form: "a path, a name or pid:N", check: check::<NetnsSource> };
 const NETNS_GONE: Value =
     Value { name: "keep|exit|reopen", form: "keep, exit or reopen", check: check::<NetnsGone> };
+const PATH: Value = Value { name: "PATH", form: "a path", check: check::<PathBuf> };
 const HANDOFF: Value =
     Value { name: "socket|connections", form: "socket or connections", check: check::<Handoff> };
 const ENGINE: Value =

@@ -50,6 +50,14 @@ fn options_about_names_of_namespaces_need_one() {
 }
 
 #[test]
+fn taking_over_goes_with_addresses_only() {
+    for typed in ["-L3 -c[::1]:2", "-S3 -c[::1]:2", "-l[::1]:1 -C3"] {
+        let typed: Vec<_> = typed.split(' ').chain(["--takeover=x"]).collect();
+        assert_eq!(mix_error(&typed), "--takeover goes with -l and -c only", "{typed:?}");
+    }
+}
+
+#[test]
 fn a_process_id_that_comes_back_is_not_trusted() {
     let typed = ["-l[::]:1", "-c[::1]:2", "-fblue", "-tpid:7", "--netns-gone"];
     let with = |word| [&typed[..], &[word]].concat();
@@ -161,6 +169,7 @@ fn two_addresses_are_enough() {
             }],
             wait_netns_ms: 0,
             netns_gone: NetnsGone::Keep,
+            takeover: None,
             engine: Engine::Auto,
             handoff: Handoff::Socket,
             transfer: Transfer::Auto,
@@ -182,7 +191,7 @@ fn every_option_reaches_the_configuration() {
     let typed = "-l 127.0.0.1:1 -c 127.0.0.1:2 -f blue -t pid:7 --handoff connections \
                  --transfer copy --workers 3 --cpus 2,0-1 --no-pin --pipe-size 64K \
                  --busy-poll 50 --reset-timeout 1.5 -v --ready-fd 9 --summary json \
-                 --engine epoll --wait-netns 2.5 --netns-gone exit";
+                 --engine epoll --wait-netns 2.5 --netns-gone exit --takeover /run/x";
     let netns = |option, source| Some(Netns { option, source });
     assert_eq!(
         config(&typed.split_whitespace().collect::<Vec<_>>()),
@@ -199,6 +208,7 @@ fn every_option_reaches_the_configuration() {
             }],
             wait_netns_ms: 2500,
             netns_gone: NetnsGone::Exit,
+            takeover: Some("/run/x".into()),
             engine: Engine::Epoll,
             handoff: Handoff::Connections,
             transfer: Transfer::Copy,

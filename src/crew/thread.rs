@@ -98,6 +98,8 @@ impl<E: Start> Thread<E> {
                     // Nobody waits for it any more: the program is ending.
                     let _ = reply.send(netns::enter(&netns));
                 }
+                Command::Drain if self.handoff.is_none() => self.worker.drain(),
+                Command::Drain => {}
                 Command::Stop => self.worker.stop(),
             }
         }
@@ -118,8 +120,11 @@ impl<E: Start> Thread<E> {
                     }
                 }
                 Err(Errno::EAGAIN) => break,
-                // The listener is gone; the control channel says so too, and ends the worker.
-                Ok(None) | Err(_) => return,
+                // The listener has no more; or it is gone, which ends the worker by another way.
+                Ok(None) | Err(_) => {
+                    self.handoff = None;
+                    return self.worker.drain();
+                }
             }
         }
         self.worker.engine().readable(Token::Handoff, channel.as_ref());

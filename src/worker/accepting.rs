@@ -46,8 +46,8 @@ impl<E: Engine> Worker<E> {
         }
     }
 
+    /// A connection that is accepted in this moment still comes.
     pub(super) fn stop_accepting(&mut self) {
-        self.accept_pause = None;
         if let Some(listener) = self.listener.take() {
             self.engine.cancel(Token::Accept);
             self.engine.close(listener);
@@ -57,9 +57,6 @@ impl<E: Engine> Worker<E> {
     pub(super) fn accepted(&mut self, result: Result<E::Socket, Errno>) {
         self.is_accepting = false;
         match result {
-            // It came together with the order to stop: as if it had still been in the queue of
-            // the listening socket that is closed now.
-            Ok(client) if self.listener.is_none() => self.turn_away(client),
             Ok(client) => {
                 self.accept_failure = None;
                 if self.settings.single {

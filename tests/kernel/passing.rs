@@ -1,6 +1,6 @@
 //! Sockets that cross from one process to the other.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
@@ -11,7 +11,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
 
-use super::{alone, pipe, wait_for};
+use super::{alone, connect, listener, pipe, wait_for};
 use crate::support::skip;
 
 /// What the kernel allows in a message.
@@ -165,4 +165,19 @@ fn a_user_has_as_many_descriptors_under_way_as_its_limit_of_open_ones() {
         drop(receive(&there).unwrap());
         assert_eq!(send(&here, &fds), Ok(()), "it is not over when they have arrived");
     });
+}
+
+#[test]
+fn a_listening_socket_keeps_its_queue_while_anybody_has_it() {
+    let listener = listener();
+    let shared = listener.try_clone().unwrap();
+    let mut client = connect(&listener);
+    drop(listener);
+    let later = connect(&shared);
+    for far in [&mut client, &mut { later }] {
+        let (mut near, _) = shared.accept().expect("a client in the queue is lost at a takeover");
+        near.write_all(b"x").unwrap();
+        let mut byte = [0];
+        far.read_exact(&mut byte).expect("a client in the queue is reset at a takeover");
+    }
 }
