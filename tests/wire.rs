@@ -29,7 +29,7 @@ use std::sync::OnceLock;
 use support::{Program, namespaces, skip};
 use wire::others::Other;
 use wire::rows::{Row, Seen, rows};
-use wire::stage::{NSPLICE, Stage, Way};
+use wire::stage::{NSPLICE, NSPLICE_ON_EPOLL, Stage, Way};
 use wire::table::{Column, difference, names_on, page, play_direct, play_through};
 
 /// The rows to play: all, or those whose name contains `NSPLICE_WIRE_ROW`.
@@ -67,7 +67,7 @@ fn assert_same(way: Way) {
 }
 
 mod is_the_same_through {
-    use super::{NSPLICE, assert_same};
+    use super::{NSPLICE, NSPLICE_ON_EPOLL, assert_same};
 
     #[test]
     fn auto_with_the_socket_handed_over() {
@@ -97,6 +97,21 @@ mod is_the_same_through {
     #[test]
     fn splice_with_connections_handed_over() {
         assert_same(NSPLICE[5]);
+    }
+
+    #[test]
+    fn auto_on_epoll() {
+        assert_same(NSPLICE_ON_EPOLL[0]);
+    }
+
+    #[test]
+    fn copy_on_epoll() {
+        assert_same(NSPLICE_ON_EPOLL[1]);
+    }
+
+    #[test]
+    fn splice_on_epoll() {
+        assert_same(NSPLICE_ON_EPOLL[2]);
     }
 }
 
@@ -138,11 +153,15 @@ fn the_page_lists_the_rows_of_the_table() {
 #[test]
 #[ignore = "writes docs/wire.md"]
 fn write_the_page() {
-    let nsplice = NSPLICE.map(|way| {
-        let Way::Nsplice { transfer, handoff } = way else { unreachable!("it is nsplice's list") };
+    let variant = |way: Way| {
+        let Way::Nsplice { transfer, handoff, .. } = way else { unreachable!("it is its list") };
         (format!("{transfer}/{handoff}"), through(way))
-    });
-    let mut columns = vec![Column { name: "nsplice".to_owned(), variants: nsplice.into() }];
+    };
+    let own = |name: &str, ways: &[Way]| {
+        let variants = ways.iter().copied().map(variant).collect();
+        Column { name: name.to_owned(), variants }
+    };
+    let mut columns = vec![own("nsplice", &NSPLICE), own("nsplice, epoll", &NSPLICE_ON_EPOLL)];
     let one = |name, seen| Column { name, variants: vec![(String::new(), seen)] };
     Program::Reference.path().unwrap();
     columns.push(one("netns_tcp_bridge 0.1.1".to_owned(), through(Way::Reference)));

@@ -4,8 +4,8 @@ use std::io::{ErrorKind, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::Duration;
 
-use super::stage::NSPLICE;
 use super::stage::Way;
+use super::stage::{NSPLICE, NSPLICE_ON_EPOLL};
 use crate::support::streams::{accept, connect};
 use crate::support::{Forwarder, Launch, Netns, PATIENCE, Process, namespaces};
 
@@ -59,13 +59,14 @@ fn a_stopped_reader_of_a_sender_that_has_reset_costs_no_time_and_bounded_memory(
     check(Before::SenderReset);
 }
 
-/// In each transfer; clients and servers are the readers in turn.
+/// In each transfer, with each engine; clients and servers are the readers in turn.
 fn check(before: Before) {
-    for way in NSPLICE {
-        let Way::Nsplice { transfer, handoff: "socket" } = way else { continue };
+    for way in NSPLICE.into_iter().chain(NSPLICE_ON_EPOLL) {
+        let Way::Nsplice { engine, transfer, handoff: "socket" } = way else { continue };
         namespaces!(clients, targets);
         let listener = targets.listen("127.0.0.1:0");
-        let forwarder = Launch::nsplice()
+        let launch = engine.into_iter().fold(Launch::nsplice(), Launch::engine);
+        let forwarder = launch
             .option("--transfer", transfer)
             .listen_netns(&clients)
             .connect_netns(&targets)

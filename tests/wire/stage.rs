@@ -23,6 +23,8 @@ pub enum Way {
     /// Nothing: both are in one namespace.
     Direct,
     Nsplice {
+        /// `None`: the one that it chooses, or that NSPLICE_TEST_ENGINE has it come to.
+        engine: Option<&'static str>,
         transfer: &'static str,
         handoff: &'static str,
     },
@@ -34,13 +36,28 @@ pub enum Way {
 
 /// Every way through nsplice.
 pub const NSPLICE: [Way; 6] = [
-    Way::Nsplice { transfer: "auto", handoff: "socket" },
-    Way::Nsplice { transfer: "auto", handoff: "connections" },
-    Way::Nsplice { transfer: "copy", handoff: "socket" },
-    Way::Nsplice { transfer: "copy", handoff: "connections" },
-    Way::Nsplice { transfer: "splice", handoff: "socket" },
-    Way::Nsplice { transfer: "splice", handoff: "connections" },
+    nsplice(None, "auto", "socket"),
+    nsplice(None, "auto", "connections"),
+    nsplice(None, "copy", "socket"),
+    nsplice(None, "copy", "connections"),
+    nsplice(None, "splice", "socket"),
+    nsplice(None, "splice", "connections"),
 ];
+
+/// How a connection is handed over makes no difference to the engine.
+pub const NSPLICE_ON_EPOLL: [Way; 3] = [
+    nsplice(Some("epoll"), "auto", "socket"),
+    nsplice(Some("epoll"), "copy", "socket"),
+    nsplice(Some("epoll"), "splice", "socket"),
+];
+
+const fn nsplice(
+    engine: Option<&'static str>,
+    transfer: &'static str,
+    handoff: &'static str,
+) -> Way {
+    Way::Nsplice { engine, transfer, handoff }
+}
 
 /// A listening server, and how clients reach it.
 pub struct Route {
@@ -116,8 +133,10 @@ impl Stage {
             Way::Direct => return None,
             Way::Other(other) => return Some(Between::Other(other.start(&self.targets, target))),
             Way::Reference => Launch::new(Program::Reference),
-            Way::Nsplice { transfer, handoff } => {
-                Launch::nsplice().option("--transfer", transfer).option("--handoff", handoff)
+            Way::Nsplice { engine, transfer, handoff } => {
+                let launch = Launch::nsplice();
+                let launch = launch.option("--transfer", transfer).option("--handoff", handoff);
+                engine.into_iter().fold(launch, Launch::engine)
             }
         };
         let launch = launch.listen_netns(&self.clients).connect_netns(&self.targets);

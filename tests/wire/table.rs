@@ -186,8 +186,8 @@ What a client and a server observe, each row a script with real sockets: without
 one: the same bytes, urgent bytes in the same places, the same ends and errors in the same order,
 and no stall of 150 ms or more where there is none without it (40 ms where a row says so). nsplice
 is in six columns, `--transfer` auto, copy and splice with `--handoff` socket and connections, told
-as one where they agree. `cargo test --test wire` plays all rows through nsplice and fails where it
-is not the same.
+as one where they agree, and with `--engine epoll` in three, one for each `--transfer`. `cargo test
+--test wire` plays all rows through nsplice and fails where it is not the same.
 
 In a cell, `1000 bytes, ECONNRESET` is one reading: 1000 bytes of the right content, then the error;
 readings and writes are parted by semicolons. Where a forwarder is not the same, its cell has the
