@@ -136,17 +136,17 @@ fn many_busy_connections_share_each_entry_into_the_kernel() {
     }
 }
 
-#[test]
-fn copying_asks_nothing_of_the_kernel_but_by_the_ring() {
-    let Some(strace) = find_program("strace") else {
-        skip!("no strace in PATH: scripts/install-test-peers installs it");
-    };
-    namespaces!(clients, targets);
-    let server = Server::start(&targets, "rr", "64");
-    let launch = Launch::nsplice().engine("uring").option("--transfer", "copy");
-    let launch = launch.option("--workers", "1");
-    let forwarder = forwarder(launch, &clients, &targets, &server);
-    let mut busy = client(&clients, &forwarder, SHORT_MESSAGES).stdout(Stdio::piped()).spawn();
+/// What the only worker calls while it copies short messages of many connections.
+fn calls_of_a_busy_worker(
+    strace: PathBuf,
+    engine: &str,
+    clients: &Netns,
+    targets: &Netns,
+) -> BTreeMap<String, u64> {
+    let server = Server::start(targets, "rr", "64");
+    let launch = Launch::nsplice().engine(engine).option("--transfer", "copy");
+    let forwarder = forwarder(launch.option("--workers", "1"), clients, targets, &server);
+    let mut busy = client(clients, &forwarder, SHORT_MESSAGES).stdout(Stdio::piped()).spawn();
     let busy = busy.as_mut().unwrap();
     // A socket for the target is made by a call of its own: all of them are there by then.
     eventually("all connections are open", || {
@@ -161,13 +161,42 @@ fn copying_asks_nothing_of_the_kernel_but_by_the_ring() {
     let busy_still = busy.try_wait().unwrap().is_none();
     busy.kill().unwrap();
     busy.wait().unwrap();
-    drop(forwarder);
     assert!(busy_still, "the load ended before it was counted");
+    calls
+}
+
+#[test]
+fn copying_asks_nothing_of_the_kernel_but_by_the_ring() {
+    let Some(strace) = find_program("strace") else {
+        skip!("no strace in PATH: scripts/install-test-peers installs it");
+    };
+    namespaces!(clients, targets);
+    let calls = calls_of_a_busy_worker(strace, "uring", &clients, &targets);
     let count = |name: &str| calls.get(name).copied().unwrap_or(0);
     let (entered, paced) = (count("io_uring_enter"), count("sched_setscheduler"));
     assert!(entered > 10, "{calls:?}");
     assert_eq!(calls.values().sum::<u64>(), entered + paced, "{calls:?}");
     assert!(paced * 64 < entered, "{calls:?}");
+}
+
+#[test]
+fn copying_with_epoll_is_a_receive_and_a_send_for_each_message_and_few_waits() {
+    let Some(strace) = find_program("strace") else {
+        skip!("no strace in PATH: scripts/install-test-peers installs it");
+    };
+    namespaces!(clients, targets);
+    let calls = calls_of_a_busy_worker(strace, "epoll", &clients, &targets);
+    let count = |name: &str| calls.get(name).copied().unwrap_or(0);
+    let messages = count("recvfrom");
+    // What one turn can receive, so that the counts may begin or end between that and sending it.
+    let turn = 2 * 64;
+    assert!(messages > 2 * turn, "{calls:?}");
+    assert!(count("sendto").abs_diff(messages) <= turn, "{calls:?}");
+    assert!(count("epoll_wait") * 4 < messages, "{calls:?}");
+    // Sockets stay in their set; one whose connection has just been made joins it.
+    assert!(count("epoll_ctl") <= turn, "{calls:?}");
+    let counted = ["recvfrom", "sendto", "epoll_wait", "epoll_ctl", "sched_setscheduler"];
+    assert_eq!(calls.values().sum::<u64>(), counted.map(count).iter().sum::<u64>(), "{calls:?}");
 }
 
 #[test]

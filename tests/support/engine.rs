@@ -41,12 +41,13 @@ impl Wanted {
 /// The end of the line that says that io_uring is not to be had.
 const FALLBACK: &str = "; using epoll\n";
 
-/// What a program has reported apart from that line, which is the first or not there.
+/// What a program has reported apart from that line, which it reports once.
 pub fn without_fallback(stderr: &str) -> String {
-    match stderr.split_inclusive('\n').next() {
-        Some(first) if first.ends_with(FALLBACK) => stderr[first.len()..].to_owned(),
-        _ => stderr.to_owned(),
+    let mut lines: Vec<_> = stderr.split_inclusive('\n').collect();
+    if let Some(index) = lines.iter().position(|line| line.ends_with(FALLBACK)) {
+        lines.remove(index);
     }
+    lines.concat()
 }
 
 /// Has the kernel answer the system call `number` with `errno` from now on, in this process and
