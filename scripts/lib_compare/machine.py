@@ -22,11 +22,18 @@ def facts():
 
 
 def commit():
-    """The project's state: a tag or a commit, and whether anything differs from it."""
-    command = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty"]
+    """The commit that last changed what the programs are built of, and whether they have changed
+    since."""
+    built_of = ["--", "src", "benches", "examples", "Cargo.toml", "Cargo.lock"]
+    last = git("log", "-1", "--format=%h", *built_of)
+    return (last or "unknown") + ("-dirty" if git("status", "--porcelain", *built_of) else "")
+
+
+def git(*arguments):
+    command = ["git", "-c", "safe.directory=*", *arguments]
     result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                             text=True, check=False)
-    return result.stdout.strip() or "unknown"
+    return result.stdout.strip()
 
 
 def sentence(document):

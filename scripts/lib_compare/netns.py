@@ -12,6 +12,9 @@ SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
 # Clear of the ports that are listened at; wide enough for the connections of one measurement.
 EPHEMERAL_PORTS = "10240 65535"
 BACKLOG = 4096
+# Closed connections keep their port for a minute. When half of the ports are taken, each connect
+# searches among thousands, and that search would be measured.
+TIME_WAIT_MAX = 4096
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -55,6 +58,7 @@ class Netns:
                 fcntl.ioctl(probe, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", flags | IFF_UP))
             write("/proc/sys/net/ipv4/ip_local_port_range", EPHEMERAL_PORTS)
             write("/proc/sys/net/ipv4/tcp_congestion_control", congestion)
+            write("/proc/sys/net/ipv4/tcp_max_tw_buckets", str(TIME_WAIT_MAX))
             self.fd = os.open("/proc/self/ns/net", os.O_RDONLY)
         self.path = f"/proc/{os.getpid()}/fd/{self.fd}"
 

@@ -27,6 +27,7 @@ STYLES = {
 BARS = {"direct": "#9ca3af", "reference": "#c2410c", "nsplice": "#1d4ed8"}
 OURS, OTHERS = "#60a5fa", "#94a3b8"
 SPREAD = "median of the rounds; {} show the smallest and the largest"
+CUT = "; a bar with a gap is longer than shown"
 
 
 def style(found, contender):
@@ -54,7 +55,7 @@ def bar_panel(found, name, key, unit, factor=1.0):
 
 def rates(found, names, title="How much goes through"):
     panels = [bar_panel(found, name, "figure", works.work(name).figure) for name in names]
-    note = "longer is better; " + SPREAD.format("whiskers")
+    note = "longer is better; " + SPREAD.format("whiskers") + CUT
     return svg.bars(title, note, panels)
 
 
@@ -64,7 +65,7 @@ def latencies(found, names):
         for name in names if works.work(name).kind in ("rr", "crr")
         for key, label in (("p50_us", "p50"), ("p99_us", "p99"))
     ]
-    return svg.bars("How long it takes", "shorter is better; " + SPREAD.format("whiskers"), panels)
+    return svg.bars("How long it takes", "shorter is better; " + SPREAD.format("whiskers") + CUT, panels)
 
 
 def costs(found, names):
@@ -72,10 +73,10 @@ def costs(found, names):
     panels = []
     for name in names:
         bulk = works.work(name).unit == "GB"
-        unit, factor = ("ms of CPU / GB", 1e3) if bulk else ("us of CPU / operation", 1e2)
+        unit, factor = ("ms / GB", 1e3) if bulk else ("us / op", 1e2)
         panels.append(bar_panel(found, name, "cpu", unit, factor))
     note = "the forwarder's CPU time, all its processes; shorter is better; "
-    return svg.bars("What it costs", note + SPREAD.format("whiskers"), panels)
+    return svg.bars("What it costs", note + SPREAD.format("whiskers") + CUT, panels)
 
 
 def curve(found, points, key, factor=1.0):

@@ -147,15 +147,21 @@ def main_table(found):
         work = works.work(name)
         alone = work.kind == "rr" and work.connections == 1
         key, unit = ("p50_us", "p50 us") if alone else ("figure", work.figure)
+
+        def shown(contender):
+            bulk = found.median(name, contender, "beside")
+            beside = f" beside {number(bulk)} Gbit/s" if bulk else ""
+            return number(found.median(name, contender, key)) + beside
+
         best = found.best(name, others(found), key, highest=not alone)
         ratio = found.ratio(name, "nsplice", "reference", key)
         cost = {"GB": " s/GB", "10k": " s/10k"}[work.unit]
         rows.append([
             f"{work.title}, {unit}",
-            number(found.median(name, "direct", key)),
-            number(found.median(name, "reference", key)),
-            f"{number(found.median(name, best, key))} ({found.title(best)})" if best else "-",
-            f"**{number(found.median(name, 'nsplice', key))}**",
+            shown("direct"),
+            shown("reference"),
+            f"{shown(best)} ({found.title(best)})" if best else "-",
+            f"**{shown('nsplice')}**",
             "-" if ratio is None else f"{ratio:.2f}",
             number(found.median(name, "reference", "cpu")) + cost,
             number(found.median(name, "nsplice", "cpu")) + cost,

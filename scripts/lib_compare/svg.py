@@ -4,6 +4,7 @@ On a white ground of their own, so that they read the same on light and dark pag
 """
 
 import math
+import statistics
 from html import escape
 
 FONT = "font-family='Helvetica, Arial, sans-serif'"
@@ -62,6 +63,8 @@ class Canvas:
 
 # --- Bars -------------------------------------------------------------------------------------
 
+# A row this many times as long as the usual one is cut, somewhat behind the longest other.
+OUTLIER, CUT = 6, 1.25
 ROW, BAR, LABELS, VALUES, PANEL, GAP, HEAD = 19, 12, 150, 62, 470, 20, 60
 
 
@@ -87,7 +90,7 @@ def bars(title, note, panels):
 def bars_panel(canvas, left, top, panel):
     canvas.text(left, top + 14, panel["title"], size=13, weight="bold")
     canvas.text(left + PANEL, top + 14, panel["unit"], anchor="end", size=11, color=FAINT)
-    most = max((row[4] for row in panel["rows"] if row[2] is not None), default=1) or 1
+    most = longest(panel["rows"])
     room = PANEL - LABELS - VALUES
     start = left + LABELS
     canvas.line(start, top + 22, start, top + 24 + ROW * len(panel["rows"]), FAINT)
@@ -97,14 +100,28 @@ def bars_panel(canvas, left, top, panel):
         canvas.text(start - 6, y + 11, label, anchor="end", weight=strong, size=11.5)
         end = start
         if median is not None:
-            canvas.rect(start, y + 2, room * median / most, BAR, color)
-            low_x, high_x, middle = (start + room * low / most, start + room * high / most,
-                                     y + 2 + BAR / 2)
-            canvas.line(low_x, middle, high_x, middle, INK, 1.2)
-            for x in (low_x, high_x):
-                canvas.line(x, middle - 3, x, middle + 3, INK, 1.2)
-            end = max(high_x, start + room * median / most)
+            end, low_x, high_x = (start + room * min(x / most, 1) for x in (median, low, high))
+            canvas.rect(start, y + 2, end - start, BAR, color)
+            if median > most:  # it goes on: a gap says so
+                for x in (end - 26, end - 20):
+                    canvas.line(x, y + BAR + 4, x + 5, y, "#ffffff", 2.5)
+            else:
+                middle = y + 2 + BAR / 2
+                canvas.line(low_x, middle, high_x, middle, INK, 1.2)
+                for x in (low_x, high_x):
+                    canvas.line(x, middle - 3, x, middle + 3, INK, 1.2)
+            end = max(end, high_x)
         canvas.text(end + 6, y + 12, text, size=11, color=INK if median is not None else FAINT)
+
+
+def longest(rows):
+    """What the axis ends at: the longest row, unless it would leave the others no room."""
+    rows = [row for row in rows if row[2] is not None]
+    if not rows:
+        return 1
+    usual = statistics.median(row[2] for row in rows)
+    shown = [row[4] for row in rows if row[2] <= OUTLIER * usual]
+    return max(shown) * (1 if len(shown) == len(rows) else CUT) or 1
 
 
 # --- Curves -----------------------------------------------------------------------------------
