@@ -20,12 +20,16 @@ pub fn run(data: &[u8]) {
     let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).expect("pipe");
     script(data, &read);
     drop(read);
-    // All copies are closed when the pipe has nobody who reads. A process that lists the descriptors
-    // of others, as lsof does, holds each for a moment; one that is leaked stays.
-    let mut fds = [PollFd::new(write.as_fd(), PollFlags::empty())];
+    // All copies are closed when the pipe has nobody who reads.
+    assert!(has_come(&write, PollFlags::POLLERR), "a descriptor is leaked");
+}
+
+/// Whether the end of the other side has come, or comes soon: a process that lists the descriptors
+/// of others, as lsof does, holds each for a moment. One that is leaked stays.
+fn has_come(end: impl AsFd, event: PollFlags) -> bool {
+    let mut fds = [PollFd::new(end.as_fd(), PollFlags::empty())];
     poll(&mut fds, PollTimeout::from(PATIENCE_MS)).expect("poll");
-    let is_closed = fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR));
-    assert!(is_closed, "a descriptor is leaked");
+    fds[0].revents().is_some_and(|events| events.contains(event))
 }
 
 fn script(data: &[u8], passed: &OwnedFd) {
@@ -50,6 +54,7 @@ fn script(data: &[u8], passed: &OwnedFd) {
         let result = with_room(room, passed, || there.receive());
         check(result, &sent);
     }
+    assert!(has_come(&there, PollFlags::POLLHUP), "the other end is closed");
     assert!(matches!(there.receive(), Ok(None)), "a channel whose other end is closed");
 }
 
