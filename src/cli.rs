@@ -20,13 +20,13 @@ use std::path::PathBuf;
 use argh::FromArgs;
 
 use crate::config::{
-    Config, ConnectSide, Engine, Forward, Handoff, ListenSide, Netns, NetnsGone, NetnsSource,
-    SummaryFormat, Transfer,
+    Config, ConnectSide, Engine, Forward, Handoff, Keepalive, ListenSide, Netns, NetnsGone,
+    NetnsSource, SocketOptions, SummaryFormat, Times, Transfer,
 };
 use crate::error::{Error, Kind, Result};
 
 pub use help::{help, long_options, man, version};
-pub use values::{CpuList, Microseconds, PipeSize, Seconds, Workers};
+pub use values::{Backlog, CpuList, Microseconds, PipeSize, Seconds, Workers};
 
 /// What a command line asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,6 +132,24 @@ pub struct Args {
     /// time to look for work before sleeping
     #[argh(option)]
     pub busy_poll: Option<Microseconds>,
+    /// connections that may wait
+    #[argh(option)]
+    pub backlog: Option<Backlog>,
+    /// time to connect
+    #[argh(option)]
+    pub connect_timeout: Option<Seconds>,
+    /// time without a byte
+    #[argh(option)]
+    pub idle_timeout: Option<Seconds>,
+    /// time without a byte when half-closed
+    #[argh(option)]
+    pub half_close_timeout: Option<Seconds>,
+    /// probing of silent peers
+    #[argh(option)]
+    pub keepalive: Option<Keepalive>,
+    /// time for acknowledgements
+    #[argh(option)]
+    pub user_timeout: Option<Seconds>,
     /// log addresses and connections (`-v`)
     #[argh(switch)]
     pub verbose: bool,
@@ -179,6 +197,16 @@ impl Args {
             busy_poll_us: self.busy_poll.map_or(0, |Microseconds(us)| us),
             pipe_size_bytes: self.pipe_size.unwrap_or(DEFAULT_PIPE_SIZE).0,
             reset_timeout_ms: self.reset_timeout.unwrap_or(DEFAULT_RESET_TIMEOUT).ms,
+            times: Times {
+                connect_ms: self.connect_timeout.map_or(0, |time| time.ms),
+                idle_ms: self.idle_timeout.map_or(0, |time| time.ms),
+                half_close_ms: self.half_close_timeout.map_or(0, |time| time.ms),
+            },
+            sockets: SocketOptions {
+                keepalive: self.keepalive.unwrap_or_default(),
+                user_timeout_ms: self.user_timeout.map_or(0, |time| time.ms),
+            },
+            backlog: self.backlog.map_or(u32::MAX, |Backlog(count)| count),
             verbose: self.verbose,
             summary: self.summary,
         })

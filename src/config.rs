@@ -37,6 +37,12 @@ pub struct Config {
     pub reset_timeout_ms: u32,
     /// How long a worker without work looks for some before it sleeps, in microseconds.
     pub busy_poll_us: u32,
+    /// The longest times of a connection.
+    pub times: Times,
+    /// What is asked of every connection's sockets.
+    pub sockets: SocketOptions,
+    /// Connections that may wait to be accepted; the system has a maximum of its own.
+    pub backlog: u32,
     /// Log the listening address and a line for each connection.
     pub verbose: bool,
     /// Inherited descriptor that is told the address once connections are accepted.
@@ -155,6 +161,45 @@ pub enum Transfer {
 pub enum SummaryFormat {
     /// One JSON object.
     Json,
+}
+
+/// The longest times of a connection, in milliseconds; 0: no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Times {
+    /// To reach the target.
+    pub connect_ms: u32,
+    /// Without a byte passed on.
+    pub idle_ms: u32,
+    /// The same, once one side has ended its stream.
+    pub half_close_ms: u32,
+}
+
+/// What is asked of the kernel for each connection's two sockets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketOptions {
+    /// Whether and how it is found out that a silent peer is gone.
+    pub keepalive: Keepalive,
+    /// Longest time without acknowledgement of what was sent, in milliseconds; 0: the system's.
+    pub user_timeout_ms: u32,
+}
+
+/// Probing of silent peers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Keepalive {
+    /// None.
+    Off,
+    /// With the system's times.
+    #[default]
+    System,
+    /// With these.
+    Set {
+        /// Seconds of silence before the first probe.
+        idle_s: u32,
+        /// Seconds between two probes.
+        interval_s: u32,
+        /// Probes without an answer.
+        count: u32,
+    },
 }
 
 impl Config {

@@ -13,9 +13,9 @@ use nix::unistd::Pid;
 
 use crate::config::{Config, Engine, SummaryFormat};
 use crate::crew::{Crew, Seed};
-use crate::engine::Start;
 use crate::engine::epoll::Epoll;
 use crate::engine::uring::{self, Uring};
+use crate::engine::{Setup, Start};
 use crate::error::{Error, Kind, Result};
 use crate::flow::End;
 use crate::handoff::{Channel, Message, Received};
@@ -84,16 +84,21 @@ pub fn run(part: Part) -> Result<u8> {
     let settings = Settings {
         transfer: config.transfer,
         grace_ms: config.reset_timeout_ms,
+        clock: config.times.into(),
         target: target.map_or_else(|| "-C".to_owned(), |target| target.to_string()),
         single: part.single,
+    };
+    let setup = Setup {
+        target,
+        sockets: config.sockets,
+        pipe_size_bytes: config.pipe_size_bytes,
+        busy_poll_us: config.busy_poll_us,
     };
     let mut connected = connected;
     let mut handoff = part.handoff.into_iter();
     let seeds = part.cpus.iter().map(|&cpu| Seed {
         cpu: config.pin.then_some(cpu),
-        target,
-        pipe_size_bytes: config.pipe_size_bytes,
-        busy_poll_us: config.busy_poll_us,
+        setup: setup.clone(),
         settings: settings.clone(),
         log: log.clone(),
         connected: connected.take(),

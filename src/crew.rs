@@ -1,6 +1,5 @@
 //! The worker threads: starting them, telling them what to do, hearing what they did.
 
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -9,7 +8,7 @@ use std::thread::JoinHandle;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use self::thread::Thread;
-use crate::engine::Start;
+use crate::engine::{Setup, Start};
 use crate::error::{Error, Kind, Result};
 use crate::flow::End;
 use crate::handoff::Channel;
@@ -27,12 +26,8 @@ const LOW_LIMIT: &str = "RLIMIT_NOFILE is too low";
 pub struct Seed {
     /// The CPU to stay on.
     pub cpu: Option<usize>,
-    /// Where to connect to; `None`: see `connected`.
-    pub target: Option<SocketAddr>,
-    /// Capacity wanted for pipes.
-    pub pipe_size_bytes: u32,
-    /// How long to look for work before sleeping, in microseconds.
-    pub busy_poll_us: u32,
+    /// What its engine is to do. No target: see `connected`.
+    pub setup: Setup,
     /// What to do with connections.
     pub settings: Settings,
     /// Where to log.

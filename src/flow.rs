@@ -17,12 +17,13 @@ use nix::errno::Errno;
 
 use crate::config::Transfer;
 
+mod ending;
 pub mod half;
 mod words;
 
 use half::{Half, Held};
 use words::OpSet;
-pub use words::{Action, End, Event, Op, Question, Side};
+pub use words::{Action, End, Event, Limit, Limits, Op, Question, Side};
 
 /// Bytes a flow may splice before other flows get a turn.
 ///
@@ -75,6 +76,10 @@ pub struct Flow {
     pause_ms: u32,
     /// The failed side's sink was asked, since the last pause, what it has not sent.
     asked_unsent: bool,
+    /// Whole ticks since a byte was last passed on, or since the phase began.
+    quiet_ticks: u32,
+    /// Bytes passed on, both ways, at the last tick; `None`: there was none in this phase.
+    bytes_at_tick: Option<u64>,
 }
 
 impl Flow {
@@ -105,6 +110,8 @@ impl Flow {
             grace_left_ms: grace_ms,
             pause_ms: FIRST_PAUSE_MS,
             asked_unsent: false,
+            quiet_ticks: 0,
+            bytes_at_tick: None,
         }
     }
 
@@ -185,6 +192,7 @@ impl Flow {
                     *watched = true;
                 }
             }
+            Event::Tick(limits) => self.on_tick(limits),
             Event::Stop => self.terminate(End::Stopped),
         }
     }
@@ -208,6 +216,7 @@ impl Flow {
             // These errors are of a socket that was connected: what it had sent comes first.
             (Phase::Connecting { .. }, Ok(()) | Err(Errno::ECONNRESET | Errno::EPIPE)) => {
                 self.phase = Phase::Open;
+                self.bytes_at_tick = None;
                 self.note(Side::Connect, result);
             }
             (Phase::Connecting { .. }, Err(errno)) => self.terminate(End::ConnectFailed(errno)),
@@ -228,22 +237,20 @@ impl Flow {
         }
     }
 
-    /// Remembers the first failure of a side's socket.
+    /// Remembers the first failure of a side's socket. EPIPE only says that there was one, which
+    /// another request has been told and will report.
     fn note(&mut self, side: Side, outcome: Result<(), Errno>) {
-        if let Err(errno) = outcome {
-            self.failed[side.index()].get_or_insert(errno);
+        let known = &mut self.failed[side.index()];
+        if let Err(errno) = outcome
+            && known.is_none_or(|known| known == Errno::EPIPE)
+        {
+            *known = Some(errno);
         }
     }
 
     fn finished(&mut self, op: Op) {
         self.in_flight.remove(op);
         self.cancelled.remove(op);
-    }
-
-    fn terminate(&mut self, end: End) {
-        if matches!(self.phase, Phase::Connecting { .. } | Phase::Open) {
-            self.phase = Phase::Closing(end);
-        }
     }
 
     /// Begins `op` unless it is in flight.
@@ -276,37 +283,6 @@ impl Flow {
         self.waiting_turn = true;
         let starved = std::mem::take(&mut self.starved);
         Some(if starved { Action::Starve } else { Action::Yield })
-    }
-
-    /// Nothing can be moved now. What to do about it if that is because a socket failed, or
-    /// because all is done.
-    fn next_ending(&mut self) -> Option<Action> {
-        if self.halves.iter().all(Half::is_shut) {
-            self.terminate(End::Complete);
-            return self.next();
-        }
-        let troubled = |side: &Side| self.trouble(*side).is_some();
-        let side = Side::BOTH.into_iter().find(troubled)?;
-        let hopeless = self.trouble(!side).is_some() || self.grace_left_ms == 0;
-        let drained = self.halves[side.index()].is_drained();
-        match self.trouble(side) {
-            Some(errno) if hopeless => {
-                self.terminate(End::Failed(side, errno));
-                self.next()
-            }
-            // What the failed socket had sent is to arrive before the reset, which would purge it.
-            _ if drained && !self.asked_unsent => {
-                self.asked_unsent = true;
-                ask(Question::Unsent(!side))
-            }
-            _ => self.start(Op::Pause),
-        }
-    }
-
-    /// How the side's socket failed, if it did.
-    fn trouble(&self, side: Side) -> Option<Errno> {
-        let alarm = self.alarmed[side.index()].then_some(Errno::ECONNRESET);
-        self.failed[side.index()].or(alarm)
     }
 
     fn next_half(&mut self, side: Side) -> Option<Action> {
@@ -365,33 +341,6 @@ impl Flow {
         }
         read.map_or_else(|op| self.start(op), ask)
     }
-
-    fn next_closing(&mut self, end: End) -> Option<Action> {
-        for op in Op::ALL {
-            if self.in_flight.has(op) && !self.cancelled.has(op) {
-                self.cancelled.insert(op);
-                return Some(Action::Cancel(op));
-            }
-        }
-        if !self.in_flight.is_empty() {
-            return None;
-        }
-        for side in Side::BOTH {
-            let half = &mut self.halves[side.index()];
-            let held = half.held();
-            half.on_released();
-            if matches!(held, Held::Buffer { .. } | Held::Pipe { .. }) {
-                return Some(Action::Release(side));
-            }
-        }
-        self.phase = Phase::Closed(end);
-        let reset = match end {
-            End::ConnectFailed(_) => Some(Side::Listen),
-            End::Failed(side, _) => Some(!side),
-            End::Complete | End::Stopped => None,
-        };
-        Some(Action::Close { reset })
-    }
 }
 
 fn ask(question: Question) -> Option<Action> {
@@ -427,7 +376,7 @@ mod tests {
         assert!(actions(flow).contains(&Action::Cancel(Op::Watch(half))));
         flow.on(Event::Watched { side: half, writable: false, failed: false, armed: false });
         flow.on(Event::Paused);
-        assert_eq!(actions(flow), [Action::Close { reset: Some(Side::Listen) }]);
+        assert_eq!(actions(flow), [Action::Close { reset: [true, false] }]);
         assert_eq!(flow.end(), Some(End::Failed(half, Errno::ECONNRESET)));
     }
 }

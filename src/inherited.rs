@@ -10,6 +10,7 @@ use nix::sys::socket::{
     setsockopt, sockopt,
 };
 
+use crate::config::SocketOptions;
 use crate::error::{Error, Kind, Result};
 
 /// Checks that the descriptors options name are open, before the program opens any of its own:
@@ -60,19 +61,29 @@ pub fn ready_fd(fd: RawFd, inherited: &mut Inherited) -> Result<OwnedFd> {
 }
 
 /// Checks that `socket`, given as `option`, is a listening stream socket.
-pub fn check_listener(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> {
+pub fn check_listener(
+    option: &str,
+    fd: RawFd,
+    socket: &OwnedFd,
+    options: &SocketOptions,
+) -> Result<()> {
     check_stream(option, fd, socket)?;
     if !getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
         return Err(wrong(option, fd, "is not a listening socket; listen(2) must come first"));
     }
     // Accepted sockets inherit them (kernel-fact 18).
-    prepare(socket);
+    prepare(socket, options);
     Ok(())
 }
 
 /// Checks that `socket`, given as `option`, is a connected stream socket, and makes it ready for
 /// forwarding.
-pub fn check_connected(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> {
+pub fn check_connected(
+    option: &str,
+    fd: RawFd,
+    socket: &OwnedFd,
+    options: &SocketOptions,
+) -> Result<()> {
     check_stream(option, fd, socket)?;
     if getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
         return Err(wrong(option, fd, "is a listening socket, not a connected one"));
@@ -80,7 +91,7 @@ pub fn check_connected(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> 
     if getpeername::<SockaddrStorage>(socket.as_raw_fd()) == Err(Errno::ENOTCONN) {
         return Err(wrong(option, fd, "is not connected"));
     }
-    prepare(socket);
+    prepare(socket, options);
     crate::sys::set_nonblocking(socket).map_err(|errno| unusable(option, fd, errno))
 }
 
@@ -97,14 +108,15 @@ fn check_stream(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> {
     }
 }
 
-/// Short messages are not delayed, and an urgent byte keeps its place in the stream.
-fn prepare(socket: &OwnedFd) {
-    // A socket that was reset in the meantime refuses; forwarding then says so.
-    let _ = setsockopt(socket, sockopt::OobInline, &true);
+/// As [`crate::socket::prepare`], and for unix-domain sockets as far as they know it.
+fn prepare(socket: &OwnedFd, options: &SocketOptions) {
     // Closing must not wait: it would hold up every other connection of its worker.
     let _ = setsockopt(socket, sockopt::Linger, &nix::libc::linger { l_onoff: 0, l_linger: 0 });
-    if family(socket) != Some(AddressFamily::Unix) {
-        let _ = setsockopt(socket, sockopt::TcpNoDelay, &true);
+    // A socket that was reset in the meantime refuses; forwarding then says so.
+    if family(socket) == Some(AddressFamily::Unix) {
+        let _ = setsockopt(socket, sockopt::OobInline, &true);
+    } else {
+        let _ = crate::socket::prepare(socket, options);
     }
 }
 

@@ -3,25 +3,25 @@
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 
 use nix::errno::Errno;
 use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, getsockname, listen,
-    setsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, getsockname, setsockopt, socket,
+    sockopt,
 };
 use nix::unistd::write;
 
 use self::outbox::{Outbox, accept_batch};
-use crate::config::{Handoff, NetnsGone};
+use crate::config::{Config, Handoff};
 use crate::error::{Error, Kind, Result};
 use crate::handoff::{Channel, Message};
 use crate::log;
 use crate::netns::{self, Follower};
 use crate::process::{ListenPart, Wake, wait_any};
-use crate::sys::{SharedCounters, set_nonblocking};
+use crate::socket::prepare;
+use crate::sys::{SharedCounters, listen, set_nonblocking};
 use crate::takeover::{Answer, Takeover};
 
 mod outbox;
@@ -31,16 +31,12 @@ const PAUSE_MS: u16 = 100;
 
 /// What the listener is given at the fork.
 pub struct Part<'a> {
-    /// Log the address.
-    pub verbose: bool,
+    /// What was asked for.
+    pub config: &'a Config,
     /// What to hand over.
     pub handoff: Handoff,
     /// Where connections come from.
     pub listen: ListenPart,
-    /// What to do when its namespace's name goes.
-    pub netns_gone: NetnsGone,
-    /// Where another process is taken over from, and takes over.
-    pub takeover: Option<&'a Path>,
     /// To the connector.
     pub control: &'a Channel,
     /// To each worker.
@@ -64,6 +60,7 @@ pub fn run(part: Part) -> Result<u8> {
         control,
         signals,
         handoff: part.handoff,
+        config: part.config,
         listener: None,
         outboxes: part.workers.into_iter().map(Outbox::new).collect(),
         ended: part.ended,
@@ -80,9 +77,10 @@ pub fn run(part: Part) -> Result<u8> {
         ListenPart::Bind(address, netns) => {
             if let Some(netns) = netns {
                 netns::enter(&netns)?;
-                serving.follower = Follower::start(netns, part.netns_gone)?;
+                serving.follower = Follower::start(netns, part.config.netns_gone)?;
             }
-            serving.takeover = part.takeover.map(Takeover::prepare).transpose()?;
+            serving.takeover =
+                part.config.takeover.as_deref().map(Takeover::prepare).transpose()?;
             let Some(listener) = serving.listening_socket(address)? else { return Ok(0) };
             serving.accept_from(listener)?
         }
@@ -93,13 +91,13 @@ pub fn run(part: Part) -> Result<u8> {
     if let Some(takeover) = &mut serving.takeover {
         takeover.publish()?;
     }
-    announce(address.as_ref(), part.verbose, part.ready);
+    announce(address.as_ref(), part.config.verbose, part.ready);
     serving.serve()
 }
 
 /// Listens at `address` in the namespace this process is in.
-fn listen_at(address: SocketAddr) -> Result<OwnedFd> {
-    bind_and_listen(address).map_err(|errno| {
+fn listen_at(address: SocketAddr, config: &Config) -> Result<OwnedFd> {
+    bind_and_listen(address, config).map_err(|errno| {
         let cause = match errno {
             Errno::EADDRINUSE => "another socket listens there",
             Errno::EADDRNOTAVAIL => {
@@ -112,18 +110,17 @@ fn listen_at(address: SocketAddr) -> Result<OwnedFd> {
     })
 }
 
-fn bind_and_listen(address: SocketAddr) -> std::result::Result<OwnedFd, Errno> {
+fn bind_and_listen(address: SocketAddr, config: &Config) -> std::result::Result<OwnedFd, Errno> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let listener = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&listener, sockopt::ReuseAddr, &true)?;
-    // Accepted sockets inherit these two (kernel-fact 18).
-    setsockopt(&listener, sockopt::TcpNoDelay, &true)?;
-    setsockopt(&listener, sockopt::OobInline, &true)?;
+    // Accepted sockets inherit what is set here (kernel-fact 18).
+    prepare(&listener, &config.sockets)?;
     if address.is_ipv6() {
         setsockopt(&listener, sockopt::Ipv6V6Only, &false)?;
     }
     bind(listener.as_raw_fd(), &SockaddrStorage::from(address))?;
-    listen(&listener, Backlog::MAXCONN)?;
+    listen(&listener, config.backlog)?;
     Ok(listener)
 }
 
@@ -176,6 +173,7 @@ struct Serving<'a> {
     control: &'a Channel,
     signals: &'a SignalFd,
     handoff: Handoff,
+    config: &'a Config,
     /// What connections are accepted from here; or, when the connector accepts them, a copy for
     /// the process that may take over.
     listener: Option<OwnedFd>,
@@ -195,11 +193,18 @@ impl Serving<'_> {
                 Answer::Nobody => {}
                 Answer::Interrupted => return Ok(None),
                 Answer::Socket(listener) => {
-                    return takeover.check(&listener, address).map(|()| Some(listener));
+                    takeover.check(&listener, address)?;
+                    // From now on it is as it would be if it had been made here.
+                    let is_as_new = prepare(&listener, &self.config.sockets)
+                        .and_then(|()| listen(&listener, self.config.backlog));
+                    return is_as_new.map(|()| Some(listener)).map_err(|errno| {
+                        let what = format!("-l {address}: cannot set up the socket that came");
+                        Error::system(Kind::Socket, what, errno, "")
+                    });
                 }
             }
         }
-        listen_at(address).map(Some)
+        listen_at(address, self.config).map(Some)
     }
 
     /// Has connections accepted from `listener`, here or in the connector, and from no other.
@@ -290,7 +295,7 @@ impl Serving<'_> {
             return Ok(());
         };
         if let Some(netns) = follower.look()? {
-            match netns::enter(&netns).and_then(|()| listen_at(address)) {
+            match netns::enter(&netns).and_then(|()| listen_at(address, self.config)) {
                 Ok(listener) => {
                     self.accept_from(listener)?;
                     follower.went_to(netns);

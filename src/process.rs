@@ -16,7 +16,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid};
 
-use crate::config::{Config, ConnectSide, Forward, Handoff, ListenSide};
+use crate::config::{Config, ConnectSide, Forward, Handoff, ListenSide, SocketOptions};
 use crate::error::{Error, Kind, Result};
 use crate::handoff::{Channel, Message};
 use crate::inherited::{self, Inherited};
@@ -87,7 +87,7 @@ pub fn run(config: &Config) -> Result<u8> {
     if !netns::wait(config.netns(), config.wait_netns_ms, &signals)? {
         return Ok(0);
     }
-    let (listen, connect) = open_sides(forward, &mut inherited)?;
+    let (listen, connect) = open_sides(forward, &config.sockets, &mut inherited)?;
     let ready = config.ready_fd.map(|fd| inherited::ready_fd(fd, &mut inherited)).transpose()?;
     inherited.close_originals();
 
@@ -118,11 +118,9 @@ pub fn run(config: &Config) -> Result<u8> {
             drop((connect, to_listener));
             drop::<Vec<Channel>>(connector_ends);
             let served = listener::run(listener::Part {
-                verbose: config.verbose,
+                config,
                 handoff,
                 listen,
-                netns_gone: config.netns_gone,
-                takeover: config.takeover.as_deref(),
                 control: &to_connector,
                 workers: listener_ends,
                 ended: channels.ended,
@@ -150,7 +148,11 @@ fn raise_descriptor_limit() {
     }
 }
 
-fn open_sides(forward: &Forward, inherited: &mut Inherited) -> Result<(ListenPart, ConnectPart)> {
+fn open_sides(
+    forward: &Forward,
+    options: &SocketOptions,
+    inherited: &mut Inherited,
+) -> Result<(ListenPart, ConnectPart)> {
     let listen = match &forward.listen {
         ListenSide::Bind { address, netns } => {
             let netns = netns.as_ref().map(|netns| netns::open(netns, inherited)).transpose()?;
@@ -158,12 +160,12 @@ fn open_sides(forward: &Forward, inherited: &mut Inherited) -> Result<(ListenPar
         }
         ListenSide::Listener(fd) => {
             let socket = inherited.take("-L", *fd)?;
-            inherited::check_listener("-L", *fd, &socket)?;
+            inherited::check_listener("-L", *fd, &socket, options)?;
             ListenPart::Listener(socket)
         }
         ListenSide::Accepted(fd) => {
             let socket = inherited.take("-S", *fd)?;
-            inherited::check_connected("-S", *fd, &socket)?;
+            inherited::check_connected("-S", *fd, &socket, options)?;
             ListenPart::Accepted(socket)
         }
     };
@@ -174,7 +176,7 @@ fn open_sides(forward: &Forward, inherited: &mut Inherited) -> Result<(ListenPar
         }
         ConnectSide::Connected(fd) => {
             let socket = inherited.take("-C", *fd)?;
-            inherited::check_connected("-C", *fd, &socket)?;
+            inherited::check_connected("-C", *fd, &socket, options)?;
             ConnectPart::Connected(socket)
         }
     };

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::flow::{End, Side};
+use crate::flow::{End, Limit, Side};
 
 /// Counters of a worker, or of all together.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -41,6 +41,13 @@ impl Stats {
         match end {
             End::Complete => self.completed += 1,
             End::Stopped => self.stopped += 1,
+            End::Expired(limit) => {
+                self.failed += 1;
+                self.count_error(match limit {
+                    Limit::Idle => "idle timeout",
+                    Limit::HalfClose => "half-close timeout",
+                });
+            }
             End::ConnectFailed(errno) => {
                 self.failed += 1;
                 self.count_error(&format!("connect {errno:?}"));

@@ -53,6 +53,14 @@ pub(crate) fn set_nonblocking(socket: impl AsFd) -> Result<(), Errno> {
     fcntl(&socket, FcntlArg::F_SETFL(flags)).map(drop)
 }
 
+/// Lets `queue` connections wait at a socket, as far as net.core.somaxconn allows; nix knows none
+/// longer than 4096. Errors as listen(2).
+pub(crate) fn listen(socket: impl AsFd, queue: u32) -> Result<(), Errno> {
+    let queue = i32::try_from(queue).unwrap_or(i32::MAX);
+    // SAFETY: the call takes two numbers.
+    Errno::result(unsafe { libc::listen(socket.as_fd().as_raw_fd(), queue) }).map(drop)
+}
+
 /// A descriptor that becomes readable when process `pid`, a child, ends. Errors as pidfd_open(2).
 pub(crate) fn pidfd_open(pid: i32) -> Result<OwnedFd, Errno> {
     // SAFETY: the call takes two numbers.

@@ -17,9 +17,11 @@ use crate::log::Log;
 use crate::stats::Stats;
 
 mod accepting;
+mod clock;
 mod slot;
 
 use accepting::ACCEPT_PAUSE;
+pub use clock::Clock;
 use slot::{Record, Slot, Tenant, describe, display};
 
 /// What a worker is to do with connections.
@@ -29,6 +31,8 @@ pub struct Settings {
     pub transfer: Transfer,
     /// Time to deliver what a socket had sent before it failed, in milliseconds.
     pub grace_ms: u32,
+    /// The longest times of a flow.
+    pub clock: Clock,
     /// The target's name in logs.
     pub target: String,
     /// Accept one connection only.
@@ -71,6 +75,8 @@ pub struct Worker<E: Engine> {
     /// Nothing more comes; the flows there are end by themselves.
     draining: bool,
     stopping: bool,
+    /// [`Token::Tick`] is in flight. The clock runs only while there are flows.
+    is_ticking: bool,
     /// How the last flow ended.
     last_end: Option<End>,
 }
@@ -97,6 +103,7 @@ impl<E: Engine> Worker<E> {
             target,
             draining: false,
             stopping: false,
+            is_ticking: false,
             last_end: None,
         }
     }
@@ -128,6 +135,7 @@ impl<E: Engine> Worker<E> {
             self.slots.len() as u32 - 1
         });
         self.slots[index as usize].tenant = Some(Tenant::new(flow, [client, target], record));
+        self.run_clock();
         self.pump(index);
     }
 
@@ -135,6 +143,23 @@ impl<E: Engine> Worker<E> {
     pub fn drain(&mut self) {
         self.draining = true;
         self.stop_accepting();
+    }
+
+    /// Tells the flows that a tick has passed. The clock does so by itself.
+    pub fn tick(&mut self) {
+        self.is_ticking = false;
+        for index in 0..self.slots.len() as u32 {
+            self.tell(index, Event::Tick(self.settings.clock.limits));
+        }
+        self.run_clock();
+    }
+
+    fn run_clock(&mut self) {
+        let tick_ms = self.settings.clock.tick_ms;
+        if tick_ms > 0 && !self.is_ticking && self.live() > 0 {
+            self.is_ticking = true;
+            self.engine.pause(Token::Tick, tick_ms);
+        }
     }
 
     /// Ends all flows; [`Worker::is_done`] tells when they have ended.
@@ -196,6 +221,7 @@ impl<E: Engine> Worker<E> {
                 }
                 Token::Command => woken.command = true,
                 Token::Handoff => woken.handoff = true,
+                Token::Tick => self.tick(),
                 Token::Ignored => {}
             }
         }
@@ -296,7 +322,7 @@ impl<E: Engine> Worker<E> {
         }
     }
 
-    fn close(&mut self, index: u32, reset: Option<Side>) {
+    fn close(&mut self, index: u32, reset: [bool; 2]) {
         let slot = &mut self.slots[index as usize];
         let Some(Tenant { flow, sockets, record, .. }) = slot.tenant.take() else { return };
         slot.generation = (slot.generation + 1) & Token::GENERATION_MASK;
@@ -309,10 +335,10 @@ impl<E: Engine> Worker<E> {
             }
             _ => String::new(),
         };
-        if let Some(side) = reset {
-            self.engine.reset(&sockets[side.index()]);
-        }
-        for socket in sockets {
+        for (socket, reset) in sockets.into_iter().zip(reset) {
+            if reset {
+                self.engine.reset(&socket);
+            }
             self.engine.close(socket);
         }
         let bytes = Side::BOTH.map(|half| flow.delivered_bytes(half));

@@ -16,12 +16,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use nsplice::config::Transfer;
-use nsplice::engine::Start;
+use nsplice::config::{SocketOptions, Transfer};
 use nsplice::engine::epoll::Epoll;
 use nsplice::engine::uring::Uring;
+use nsplice::engine::{Setup, Start};
 use nsplice::log::Log;
-use nsplice::worker::{Settings, Worker};
+use nsplice::worker::{Clock, Settings, Worker};
 use support::streams::{accept, connect, exchange};
 
 /// Counts what each thread asks for, and how much of it there is.
@@ -84,9 +84,20 @@ impl Observed {
         let (count, over) = (Arc::clone(&asked), Arc::clone(&is_over));
         let held = Arc::clone(&held_bytes);
         let thread = std::thread::spawn(move || {
-            let engine = E::start(Some(target), 1 << 20, 0).unwrap();
-            let settings =
-                Settings { transfer, grace_ms: 1000, target: target.to_string(), single: false };
+            let engine = E::start(&Setup {
+                target: Some(target),
+                sockets: SocketOptions::default(),
+                pipe_size_bytes: 1 << 20,
+                busy_poll_us: 0,
+            })
+            .unwrap();
+            let settings = Settings {
+                transfer,
+                grace_ms: 1000,
+                clock: Clock::default(),
+                target: target.to_string(),
+                single: false,
+            };
             let (log, _) = Log::start(false).unwrap();
             let mut worker = Worker::new(engine, settings, log, None);
             worker.listen(OwnedFd::from(clients));

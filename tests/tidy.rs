@@ -51,7 +51,18 @@ const RULES: &[Rule] = &[
 /// What of the crate a module may use, beside itself.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("flow", &["config"]),
-    ("engine", &["error", "flow::Op", "flow::half::BUFFER_BYTES", "pipe", "sys"]),
+    (
+        "engine",
+        &[
+            "config::SocketOptions",
+            "error",
+            "flow::Op",
+            "flow::half::BUFFER_BYTES",
+            "pipe",
+            "socket::prepare",
+            "sys",
+        ],
+    ),
     ("config", &["error"]),
 ];
 

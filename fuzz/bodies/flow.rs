@@ -6,7 +6,7 @@
 use nix::errno::Errno;
 use nsplice::config::Transfer;
 use nsplice::flow::half::BUFFER_BYTES;
-use nsplice::flow::{Action, End, Event, Flow, Op, Question, Side};
+use nsplice::flow::{Action, End, Event, Flow, Limits, Op, Question, Side};
 
 /// Actions between two events, when no answer moves anything any more.
 const RESTLESS_ACTIONS: u32 = 1000;
@@ -232,7 +232,7 @@ impl Shadow {
         assert!(!sending, "a buffer is given back while it is sent from");
     }
 
-    fn close(&mut self, reset: Option<Side>) {
+    fn close(&mut self, reset: [bool; 2]) {
         self.closed = true;
         assert!(self.in_flight.is_empty(), "closed with {:?} in flight", self.in_flight);
         for half in self.halves {
@@ -242,11 +242,14 @@ impl Shadow {
         let wanted = match self.flow.end() {
             Some(End::Complete) => {
                 assert!(self.halves.iter().all(|half| half.shut), "complete, with ends kept back");
-                None
+                [false; 2]
             }
-            Some(End::Stopped) => None,
-            Some(End::ConnectFailed(_)) => Some(Side::Listen),
-            Some(End::Failed(side, _)) => Some(!side),
+            // All that is not passed on whole is cut, and looks like it.
+            Some(End::Stopped | End::Expired(_)) => {
+                Side::BOTH.map(|side| !self.halves[(!side).index()].shut)
+            }
+            Some(End::ConnectFailed(_)) => [true, false],
+            Some(End::Failed(side, _)) => Side::BOTH.map(|other| other != side),
             None => panic!("closed, and not ended"),
         };
         assert_eq!(reset, wanted, "{:?}", self.flow.end());
@@ -338,6 +341,13 @@ impl Shadow {
         if choice == 255 {
             self.stopped = true;
             return self.flow.on(Event::Stop);
+        }
+        if choice == 254 {
+            let mut limit = || input.pick([0, 1, 2, 5]).unwrap_or_default();
+            let limits = Limits { connect: limit(), idle: limit(), half_close: limit() };
+            // What it may cut short.
+            self.stopped |= limits != Limits::default();
+            return self.flow.on(Event::Tick(limits));
         }
         let events = self.in_flight.len() + usize::from(self.waits_for_turn);
         let Some(&op) = self.in_flight.get(usize::from(choice) % events.max(1)) else {

@@ -8,8 +8,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::values::{CpuList, Microseconds, PipeSize, Seconds, Workers};
-use crate::config::{Engine, Handoff, NetnsGone, NetnsSource, SummaryFormat, Transfer};
+use super::values::{Backlog, CpuList, Microseconds, PipeSize, Seconds, Workers};
+use crate::config::{Engine, Handoff, Keepalive, NetnsGone, NetnsSource, SummaryFormat, Transfer};
 
 /// Options that belong together, under one heading.
 pub(super) struct Section {
@@ -65,6 +65,7 @@ pub(super) const SECTIONS: &[Section] = &[
     Section { title: "Namespaces that come and go", options: NAMESPACES },
     Section { title: "Restart without loss", options: RESTART },
     Section { title: "Forwarding", options: FORWARDING },
+    Section { title: "Limits and times", options: LIMITS },
     Section { title: "Reporting", options: REPORTING },
 ];
 
@@ -199,14 +200,6 @@ const FORWARDING: &[Opt] = &[
     },
     Opt {
         short: None,
-        long: "--reset-timeout",
-        value: Some(SECONDS),
-        help: "Longest time to deliver what a connection's one side sent before a reset, \
-               before the reset is passed on to the other",
-        default: Some("5"),
-    },
-    Opt {
-        short: None,
         long: "--workers",
         value: Some(WORKERS),
         help: "Number of worker threads, 1 to 1024",
@@ -232,6 +225,61 @@ const FORWARDING: &[Opt] = &[
         value: Some(MICROSECONDS),
         help: "Time for which a worker with nothing to do keeps its CPU busy looking for work, \
                before it sleeps",
+        default: Some("0"),
+    },
+];
+
+const LIMITS: &[Opt] = &[
+    Opt {
+        short: None,
+        long: "--backlog",
+        value: Some(BACKLOG),
+        help: "Connections that may wait to be accepted",
+        default: Some("the system's maximum"),
+    },
+    Opt {
+        short: None,
+        long: "--connect-timeout",
+        value: Some(SECONDS),
+        help: "Longest time to reach the target; then the client is reset; 0: the system's",
+        default: Some("0"),
+    },
+    Opt {
+        short: None,
+        long: "--idle-timeout",
+        value: Some(SECONDS),
+        help: "Reset a connection that carries no byte for this time; 0: never",
+        default: Some("0"),
+    },
+    Opt {
+        short: None,
+        long: "--half-close-timeout",
+        value: Some(SECONDS),
+        help: "The same for a connection of which one side has ended its stream; 0: never",
+        default: Some("0"),
+    },
+    Opt {
+        short: None,
+        long: "--reset-timeout",
+        value: Some(SECONDS),
+        help: "Longest time to deliver what a connection's one side sent before a reset, \
+               before the reset is passed on to the other",
+        default: Some("5"),
+    },
+    Opt {
+        short: None,
+        long: "--keepalive",
+        value: Some(KEEPALIVE),
+        help: "TIMES is IDLE,INTERVAL,COUNT: probe a silent peer after IDLE seconds, then every \
+               INTERVAL seconds, and give it up after COUNT probes; off: never",
+        default: Some("the system's times"),
+    },
+    Opt {
+        short: None,
+        long: "--user-timeout",
+        value: Some(SECONDS),
+        help: "Longest time for which a peer may leave unacknowledged what was sent to it; 0: \
+               the system's",
         default: Some("0"),
     },
 ];
@@ -293,6 +341,13 @@ const MICROSECONDS: Value = Value {
     name: "USEC",
     form: "a number of microseconds up to 1000000",
     check: check::<Microseconds>,
+};
+const BACKLOG: Value =
+    Value { name: "CLIENTS", form: "a number from 1 to 2147483647", check: check::<Backlog> };
+const KEEPALIVE: Value = Value {
+    name: "TIMES|off",
+    form: "three numbers such as 60,10,6 (1 to 32767 seconds each, 1 to 127 probes), or off",
+    check: check::<Keepalive>,
 };
 const WORKERS: Value =
     Value { name: "N", form: "a number from 1 to 1024", check: check::<Workers> };

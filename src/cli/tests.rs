@@ -179,6 +179,9 @@ fn two_addresses_are_enough() {
             busy_poll_us: 0,
             pipe_size_bytes: 1_048_576,
             reset_timeout_ms: 5000,
+            times: Times::default(),
+            sockets: SocketOptions::default(),
+            backlog: u32::MAX,
             verbose: false,
             ready_fd: None,
             summary: None,
@@ -190,7 +193,9 @@ fn two_addresses_are_enough() {
 fn every_option_reaches_the_configuration() {
     let typed = "-l 127.0.0.1:1 -c 127.0.0.1:2 -f blue -t pid:7 --handoff connections \
                  --transfer copy --workers 3 --cpus 2,0-1 --no-pin --pipe-size 64K \
-                 --busy-poll 50 --reset-timeout 1.5 -v --ready-fd 9 --summary json \
+                 --busy-poll 50 --backlog 7 --connect-timeout 1 \
+                 --idle-timeout 60 --half-close-timeout 2 --reset-timeout 1.5 \
+                 --keepalive 60,10,6 --user-timeout 30 -v --ready-fd 9 --summary json \
                  --engine epoll --wait-netns 2.5 --netns-gone exit --takeover /run/x";
     let netns = |option, source| Some(Netns { option, source });
     assert_eq!(
@@ -218,6 +223,12 @@ fn every_option_reaches_the_configuration() {
             busy_poll_us: 50,
             pipe_size_bytes: 65_536,
             reset_timeout_ms: 1500,
+            times: Times { connect_ms: 1000, idle_ms: 60_000, half_close_ms: 2000 },
+            sockets: SocketOptions {
+                keepalive: Keepalive::Set { idle_s: 60, interval_s: 10, count: 6 },
+                user_timeout_ms: 30_000,
+            },
+            backlog: 7,
             verbose: true,
             ready_fd: Some(9),
             summary: Some(SummaryFormat::Json),

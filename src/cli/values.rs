@@ -8,7 +8,7 @@ use std::num::ParseIntError;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use crate::config::{Engine, Handoff, NetnsGone, NetnsSource, SummaryFormat, Transfer};
+use crate::config::{Engine, Handoff, Keepalive, NetnsGone, NetnsSource, SummaryFormat, Transfer};
 
 /// More threads than CPUs only cost; more CPUs than this no `cpu_set_t` can name.
 const WORKERS: RangeInclusive<usize> = 1..=1024;
@@ -16,6 +16,13 @@ const WORKERS: RangeInclusive<usize> = 1..=1024;
 const CPU_LIMIT: usize = 1024;
 /// From one page, the least a pipe holds, to 1 GiB, far above any `fs.pipe-max-size`.
 const PIPE_SIZE_BYTES: RangeInclusive<u64> = 4096..=1 << 30;
+
+/// listen(2) takes an `int`.
+const BACKLOG: RangeInclusive<u32> = 1..=i32::MAX as u32;
+/// tcp(7), MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL.
+const KEEPALIVE_S: RangeInclusive<u32> = 1..=32_767;
+/// MAX_TCP_KEEPCNT.
+const KEEPALIVE_COUNT: RangeInclusive<u32> = 1..=127;
 
 /// A worker that does not sleep for a second when nothing happens would not ever.
 const MAX_MICROSECONDS: u32 = 1_000_000;
@@ -37,6 +44,10 @@ pub struct Seconds {
     /// In milliseconds.
     pub ms: u32,
 }
+
+/// Length of a queue, 1 to what listen(2) can be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Backlog(pub u32);
 
 /// A time in microseconds, up to a second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,6 +126,38 @@ impl FromStr for Seconds {
         }
         Ok(Self { ms: (seconds * 1000.0).round() as u32 })
     }
+}
+
+impl FromStr for Backlog {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        ranged(text, BACKLOG).map(Self)
+    }
+}
+
+impl FromStr for Keepalive {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "off" {
+            return Ok(Self::Off);
+        }
+        let numbers: Vec<_> = text.split(',').collect();
+        let [idle, interval, count] = numbers[..] else {
+            return Err("not three numbers".into());
+        };
+        Ok(Self::Set {
+            idle_s: ranged(idle, KEEPALIVE_S)?,
+            interval_s: ranged(interval, KEEPALIVE_S)?,
+            count: ranged(count, KEEPALIVE_COUNT)?,
+        })
+    }
+}
+
+fn ranged(text: &str, range: RangeInclusive<u32>) -> Result<u32, String> {
+    let value = number(text)?;
+    if range.contains(&value) { Ok(value) } else { Err("out of range".into()) }
 }
 
 impl FromStr for Microseconds {
@@ -257,6 +300,24 @@ mod tests {
         for text in ["", ".", "-1", "+1", "1e3", "inf", "NaN", "86400.1", "1s", "1.2.3"] {
             assert_eq!(ms(text), None, "{text:?}");
         }
+    }
+
+    #[test]
+    fn keepalive_is_three_numbers_or_off() {
+        let keepalive = |text: &str| text.parse::<Keepalive>().ok();
+        assert_eq!(keepalive("off"), Some(Keepalive::Off));
+        let set = Keepalive::Set { idle_s: 60, interval_s: 10, count: 6 };
+        assert_eq!(keepalive("60,10,6"), Some(set));
+        for text in ["", "on", "60", "60,10", "60,10,6,1", "0,1,1", "1,1,128", "32768,1,1", "a,b,c"]
+        {
+            assert_eq!(keepalive(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_backlog_is_what_listen_takes() {
+        assert_eq!("2147483647".parse().map(|Backlog(count)| count), Ok(2_147_483_647));
+        assert!("0".parse::<Backlog>().is_err() && "2147483648".parse::<Backlog>().is_err());
     }
 
     #[test]

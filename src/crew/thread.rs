@@ -42,7 +42,7 @@ impl<E: Start> Thread<E> {
         if let Some(cpu) = seed.cpu {
             pin(cpu)?;
         }
-        let engine = E::start(seed.target, seed.pipe_size_bytes, seed.busy_poll_us)?;
+        let engine = E::start(&seed.setup)?;
         let mut worker = Worker::new(engine, seed.settings, seed.log.clone(), seed.connected);
         worker.engine().readable(Token::Command, &woken);
         if let Some(channel) = &seed.handoff {

@@ -5,15 +5,20 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::sys::socket::{
     self as net, MsgFlags, Shutdown, SockFlag, SockType, SockaddrLike, SockaddrStorage,
-    getpeername, setsockopt, socket, sockopt,
+    getpeername, socket,
 };
 
-pub(super) fn target_socket(target: Option<&SockaddrStorage>) -> Result<OwnedFd, Errno> {
+use crate::config::SocketOptions;
+use crate::socket::prepare;
+
+pub(super) fn target_socket(
+    target: Option<&SockaddrStorage>,
+    options: &SocketOptions,
+) -> Result<OwnedFd, Errno> {
     let family = target.ok_or(Errno::EDESTADDRREQ)?.family().ok_or(Errno::EAFNOSUPPORT)?;
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let socket = socket(family, SockType::Stream, flags, None)?;
-    setsockopt(&socket, sockopt::TcpNoDelay, &true)?;
-    setsockopt(&socket, sockopt::OobInline, &true)?;
+    prepare(&socket, options)?;
     Ok(socket)
 }
 

@@ -13,7 +13,6 @@
 //! there was something to do, and whoever asked finds out by trying.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -24,7 +23,8 @@ use nix::sys::socket::{self as net, MsgFlags, SockFlag, SockaddrStorage, accept4
 use self::buffers::Buffers;
 use self::interest::{EVENTS, Interest, Report, State};
 use self::timers::Timers;
-use super::{Buffer, Completion, Engine, Outcome, Sleep, Start, Token, calls};
+use super::{Buffer, Completion, Engine, Outcome, Setup, Sleep, Start, Token, calls};
+use crate::config::SocketOptions;
 use crate::error::{Error, Kind};
 use crate::flow::Op;
 use crate::flow::half::BUFFER_BYTES;
@@ -50,6 +50,7 @@ pub struct Epoll {
     buffers: Buffers,
     pipes: PipePool,
     target: Option<SockaddrStorage>,
+    sockets: SocketOptions,
     busy_poll: Duration,
 }
 
@@ -93,7 +94,7 @@ impl Epoll {
                 self.interest.done(token);
                 Outcome::Readable(Ok(has(EpollFlags::EPOLLPRI)))
             }
-            Token::Handoff | Token::Command | Token::Ignored => {
+            Token::Handoff | Token::Command | Token::Tick | Token::Ignored => {
                 self.interest.done(token);
                 Outcome::Done(Ok(()))
             }
@@ -170,11 +171,7 @@ fn ended(token: Token, errno: Errno) -> Outcome<OwnedFd> {
 impl Start for Epoll {
     const NAME: &'static str = "epoll";
 
-    fn start(
-        target: Option<SocketAddr>,
-        pipe_size_bytes: u32,
-        busy_poll_us: u32,
-    ) -> Result<Self, Error> {
+    fn start(setup: &Setup) -> Result<Self, Error> {
         let refused = |errno| {
             let cause = "RLIMIT_NOFILE, or sysctl fs.epoll.max_user_watches, is too low";
             Error::system(Kind::Kernel, "cannot set up epoll", errno, cause)
@@ -186,9 +183,10 @@ impl Start for Epoll {
             listening: None,
             inbox: VecDeque::with_capacity(2 * EVENTS),
             buffers: Buffers::default(),
-            pipes: PipePool::new(pipe_size_bytes),
-            target: target.map(SockaddrStorage::from),
-            busy_poll: Duration::from_micros(busy_poll_us.into()),
+            pipes: PipePool::new(setup.pipe_size_bytes),
+            target: setup.target.map(SockaddrStorage::from),
+            sockets: setup.sockets,
+            busy_poll: Duration::from_micros(setup.busy_poll_us.into()),
         })
     }
 }
@@ -261,7 +259,7 @@ impl Engine for Epoll {
     }
 
     fn target_socket(&mut self) -> Result<OwnedFd, Errno> {
-        calls::target_socket(self.target.as_ref())
+        calls::target_socket(self.target.as_ref(), &self.sockets)
     }
 
     fn shutdown(&mut self, socket: &OwnedFd) {

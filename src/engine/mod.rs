@@ -15,6 +15,7 @@ use std::os::fd::OwnedFd;
 use nix::errno::Errno;
 use nix::sys::socket::SockaddrStorage;
 
+use crate::config::SocketOptions;
 use crate::error::Error;
 use crate::flow::Op;
 
@@ -36,6 +37,8 @@ pub enum Token {
     Handoff,
     /// The worker's command channel has something to read.
     Command,
+    /// A tick of the worker's clock has passed.
+    Tick,
     /// Nobody waits for it: closing and cancelling.
     Ignored,
 }
@@ -45,6 +48,7 @@ impl Token {
     const HANDOFF: u64 = 0x21;
     const COMMAND: u64 = 0x22;
     const IGNORED: u64 = 0x23;
+    const TICK: u64 = 0x24;
 
     /// Bits of a generation.
     pub const GENERATION_MASK: u32 = (1 << 24) - 1;
@@ -59,6 +63,7 @@ impl Token {
             Token::Accept => Self::ACCEPT << 56,
             Token::Handoff => Self::HANDOFF << 56,
             Token::Command => Self::COMMAND << 56,
+            Token::Tick => Self::TICK << 56,
             Token::Ignored => Self::IGNORED << 56,
         }
     }
@@ -69,6 +74,7 @@ impl Token {
             Self::ACCEPT => Token::Accept,
             Self::HANDOFF => Token::Handoff,
             Self::COMMAND => Token::Command,
+            Self::TICK => Token::Tick,
             op => match Op::ALL.get(op as usize) {
                 Some(&op) => Token::Flow {
                     index: bits as u32,
@@ -247,17 +253,24 @@ pub trait Start: Engine<Socket = OwnedFd> + Sized {
     /// What it is called, in options and in the summary.
     const NAME: &'static str;
 
-    /// An engine for the calling thread, which must be the only one to use it. It connects to
-    /// `target`, if there is one, and splices through pipes of `pipe_size_bytes`. When there is
-    /// nothing to do it looks for work for `busy_poll_us` microseconds before it sleeps.
+    /// An engine for the calling thread, which must be the only one to use it.
     ///
     /// # Errors
     /// [`Kind::Kernel`](crate::error::Kind::Kernel).
-    fn start(
-        target: Option<SocketAddr>,
-        pipe_size_bytes: u32,
-        busy_poll_us: u32,
-    ) -> Result<Self, Error>;
+    fn start(setup: &Setup) -> Result<Self, Error>;
+}
+
+/// What an engine is to do.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Where to connect to; `None`: nowhere.
+    pub target: Option<SocketAddr>,
+    /// What is asked of the sockets that connect.
+    pub sockets: SocketOptions,
+    /// Capacity wanted for pipes.
+    pub pipe_size_bytes: u32,
+    /// How long to look for work before sleeping, in microseconds.
+    pub busy_poll_us: u32,
 }
 
 #[cfg(test)]
@@ -271,7 +284,8 @@ mod tests {
             let token = Token::Flow { index: 0xdead_beef, generation: 0x00ab_cdef, op };
             assert_eq!(Token::decode(token.encode()), token);
         }
-        for token in [Token::Accept, Token::Handoff, Token::Command, Token::Ignored] {
+        let others = [Token::Accept, Token::Handoff, Token::Command, Token::Tick, Token::Ignored];
+        for token in others {
             assert_eq!(Token::decode(token.encode()), token);
         }
         let send = Token::Flow { index: 7, generation: 1, op: Op::Send(Side::Listen) };

@@ -8,7 +8,6 @@
 #![allow(unsafe_code)]
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -21,7 +20,8 @@ use nix::sys::socket::{SockaddrLike, SockaddrStorage};
 use self::buffers::{Buffers, GROUP};
 pub use self::setup::probe;
 use self::setup::{CQ_ENTRIES, Refusal, SQ_ENTRIES, build_ring, errno_of};
-use super::{Buffer, Completion, Engine, Outcome, Sleep, Start, Token, calls};
+use super::{Buffer, Completion, Engine, Outcome, Setup, Sleep, Start, Token, calls};
+use crate::config::SocketOptions;
 use crate::error::{Error, Kind};
 use crate::flow::Op;
 use crate::flow::half::BUFFER_BYTES;
@@ -43,6 +43,7 @@ pub struct Uring {
     pipes: PipePool,
     /// Boxed: requests point to it.
     target: Option<Box<SockaddrStorage>>,
+    sockets: SocketOptions,
     /// Completions taken from the ring and not yet handed on.
     inbox: VecDeque<cqueue::Entry>,
     enter_flags: u32,
@@ -79,7 +80,7 @@ impl Uring {
                 // SAFETY: the kernel has just made this descriptor for this completion alone.
                 Outcome::Accepted(result.map(|fd| unsafe { OwnedFd::from_raw_fd(fd as i32) }))
             }
-            Token::Handoff | Token::Command => Outcome::Done(result.map(drop)),
+            Token::Handoff | Token::Command | Token::Tick => Outcome::Done(result.map(drop)),
             Token::Flow { op, .. } => match op {
                 Op::Connect => Outcome::Done(result.map(drop)),
                 // The request has done what it is for when its time is up.
@@ -166,11 +167,7 @@ impl Uring {
 impl Start for Uring {
     const NAME: &'static str = "uring";
 
-    fn start(
-        target: Option<SocketAddr>,
-        pipe_size_bytes: u32,
-        busy_poll_us: u32,
-    ) -> Result<Self, Error> {
+    fn start(setup: &Setup) -> Result<Self, Error> {
         let ring = build_ring(SQ_ENTRIES).map_err(Refusal::to("set up a ring"))?;
         let mut buffers = Buffers::new()
             .map_err(|errno| Error::system(Kind::Kernel, "cannot map buffers", errno, ""))?;
@@ -179,11 +176,12 @@ impl Start for Uring {
         Ok(Self {
             ring,
             buffers,
-            pipes: PipePool::new(pipe_size_bytes),
-            target: target.map(|target| Box::new(SockaddrStorage::from(target))),
+            pipes: PipePool::new(setup.pipe_size_bytes),
+            target: setup.target.map(|target| Box::new(target.into())),
+            sockets: setup.sockets,
             inbox: VecDeque::with_capacity(CQ_ENTRIES as usize),
             pauses: BTreeMap::new(),
-            busy_poll: Duration::from_micros(busy_poll_us.into()),
+            busy_poll: Duration::from_micros(setup.busy_poll_us.into()),
             enter_flags: ENTER_GETEVENTS | if no_iowait { ENTER_NO_IOWAIT } else { 0 },
         })
     }
@@ -264,7 +262,7 @@ impl Engine for Uring {
     }
 
     fn target_socket(&mut self) -> Result<OwnedFd, Errno> {
-        calls::target_socket(self.target.as_deref())
+        calls::target_socket(self.target.as_deref(), &self.sockets)
     }
 
     fn shutdown(&mut self, socket: &OwnedFd) {

@@ -108,10 +108,10 @@ pub enum Action {
     Yield,
     /// Nothing can be received for want of a buffer: report [`Event::Turn`] when one is free.
     Starve,
-    /// The flow is over and nothing is in flight: reset this socket if one is named, close both.
+    /// The flow is over and nothing is in flight: reset some sockets, close both.
     Close {
-        /// The side whose peer must see a reset.
-        reset: Option<Side>,
+        /// By side: its peer must see a reset.
+        reset: [bool; 2],
     },
 }
 
@@ -239,8 +239,30 @@ pub enum Event {
     },
     /// The wait asked for by [`Action::Yield`] or [`Action::Starve`] is over.
     Turn,
+    /// A tick of the worker's clock has passed; by it flows are timed.
+    Tick(Limits),
     /// The flow is to end now, whatever its state.
     Stop,
+}
+
+/// The longest times of a flow, each in ticks; 0: no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// To connect.
+    pub connect: u32,
+    /// Without a byte passed on.
+    pub idle: u32,
+    /// The same, once one of the two streams has ended.
+    pub half_close: u32,
+}
+
+/// What a flow exceeded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// [`Limits::idle`].
+    Idle,
+    /// [`Limits::half_close`].
+    HalfClose,
 }
 
 /// How a flow ended.
@@ -252,6 +274,8 @@ pub enum End {
     ConnectFailed(Errno),
     /// This side's socket failed; the other one was reset.
     Failed(Side, Errno),
+    /// No byte was passed on for the time that a limit allows.
+    Expired(Limit),
     /// The program was told to stop.
     Stopped,
 }

@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use nix::sys::socket::SockaddrStorage;
 
 use crate::engine::{Buffer, Engine, Outcome, Token};
-use crate::flow::{End, Event, Flow, Op, Question, Side};
+use crate::flow::{End, Event, Flow, Limit, Op, Question, Side};
 use crate::stats::Stats;
 
 /// A place for a flow.
@@ -145,6 +145,10 @@ pub(super) fn describe(end: End) -> String {
     match end {
         End::Complete => "complete".to_owned(),
         End::Stopped => "cut: the program was told to stop".to_owned(),
+        End::Expired(Limit::Idle) => "cut: idle for longer than --idle-timeout".to_owned(),
+        End::Expired(Limit::HalfClose) => {
+            "cut: half-closed and idle for longer than --half-close-timeout".to_owned()
+        }
         End::ConnectFailed(errno) => {
             format!("cannot connect: {errno:?}: {}", errno.desc())
         }

@@ -142,6 +142,11 @@ impl World {
         assert!(is_clean, "socket {socket} is shut down, but its source is known to have failed");
     }
 
+    /// Whether the connection may be ended whatever its state.
+    pub fn is_cut(&self, connection: usize) -> bool {
+        self.is_stopping || self.connections[connection].has_expired
+    }
+
     /// A reset is passed on, or a failure to connect, after all that came before it.
     pub fn check_reset(&self, socket: usize) {
         assert!(self.sockets[socket].status == Status::Open, "reset of closed socket {socket}");
@@ -151,6 +156,11 @@ impl World {
             return;
         }
         let source = &self.sockets[other(socket)];
+        if self.is_cut(socket / 2) {
+            let is_shut = self.sockets[socket].is_shut;
+            assert!(!is_shut || source.rst, "socket {socket} is reset after its end");
+            return;
+        }
         let is_connecting = connection.stage == Stage::Served && !connection.is_open;
         if is_connecting && side(socket) == Side::Connect {
             assert!(source.told_by_watch, "target {socket} is reset without a reason");
@@ -206,7 +216,13 @@ impl World {
             self.is_stopping || is_reset || (client.is_shut && target.is_shut),
             "connection {connection} is closed before its end"
         );
-        assert!(!(client.is_reset && target.is_reset), "both ends of {connection} are reset");
+        let is_told_twice = client.is_reset && target.is_reset;
+        assert!(!is_told_twice || self.is_cut(connection), "both ends of {connection} are reset");
+        let has_word = |socket: &Socket| socket.is_reset || socket.is_shut || socket.rst;
+        assert!(
+            self.connections[connection].connected != Some(Ok(())) || has_word(client),
+            "the client of {connection} is told nothing"
+        );
     }
 }
 
@@ -234,6 +250,7 @@ impl World {
             Report::Done(Ok(())) if posted.kind == Kind::Connect => {
                 let client = &self.sockets[other(socket)];
                 self.connections[socket / 2].is_open = !client.told_by_watch;
+                self.connections[socket / 2].delivered_at_tick = None;
             }
             Report::Done(_) => {
                 if let Kind::Pause { ms, .. } = posted.kind {
@@ -250,7 +267,7 @@ impl World {
                 {
                     received.sends -= 1;
                 }
-                self.told_by_write(socket, result.map(drop));
+                self.told_by_write(socket, result);
             }
             Report::Watched { failed: true, .. } => self.sockets[socket].told_by_watch = true,
             _ => {}
@@ -268,15 +285,20 @@ impl World {
         }
     }
 
-    pub fn told_by_write(&mut self, socket: usize, result: Result<(), Errno>) {
-        if let Err(errno) = result {
-            self.told_error(socket, errno);
+    /// `result`: bytes delivered.
+    pub fn told_by_write(&mut self, socket: usize, result: Result<u32, Errno>) {
+        match result {
+            Ok(len) => self.connections[socket / 2].delivered += u64::from(len),
+            Err(errno) => self.told_error(socket, errno),
         }
     }
 
     fn told_error(&mut self, socket: usize, errno: Errno) {
         if is_failure(errno) {
             self.sockets[socket].told_error.get_or_insert(errno);
+            if errno != Errno::EPIPE {
+                self.sockets[socket].told_cause.get_or_insert(errno);
+            }
         }
     }
 }

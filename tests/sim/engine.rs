@@ -200,7 +200,7 @@ impl Engine for FakeEngine {
         let mut world = self.world();
         let result = world.send_urgent(socket.id, byte);
         trace!(world, "send {byte} as urgent to socket {}: {result:?}", socket.id);
-        world.told_by_write(socket.id, result);
+        world.told_by_write(socket.id, result.map(|()| 1));
         result
     }
 
@@ -257,7 +257,7 @@ impl Engine for FakeEngine {
         let mut world = self.world();
         let result = world.drain(pipe.id, socket.id, u64::from(len));
         trace!(world, "drain pipe {} into socket {}: {len}: {result:?}", pipe.id, socket.id);
-        world.told_by_write(socket.id, result.map(drop));
+        world.told_by_write(socket.id, result);
         result
     }
 

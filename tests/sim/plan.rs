@@ -2,8 +2,8 @@
 
 use nix::errno::Errno;
 use nsplice::config::Transfer;
-use nsplice::flow::TURN_BYTES;
 use nsplice::flow::half::BUFFER_BYTES;
+use nsplice::flow::{Limits, TURN_BYTES};
 
 use crate::rng::Rng;
 
@@ -24,6 +24,10 @@ pub struct Plan {
     pub target_given: bool,
     pub connections: Vec<Connection>,
     pub buffers: u16,
+    /// The longest times of a flow, in ticks.
+    pub limits: Limits,
+    /// Chance in percent that a tick passes in a turn.
+    pub tick: u32,
     /// Pipes that can exist at a time.
     pub pipes: usize,
     /// Capacities of pipes in bytes.
@@ -143,6 +147,7 @@ impl Plan {
             })
             .collect();
         let single = rng.percent(20);
+        let is_limited = rng.percent(12);
         let entry = rng.pick(&[Entry::Accepted, Entry::Given]);
         let waits_for_pause = rng.of_1024(1) && rng.percent(15);
         let accept_errors = [Errno::ECONNABORTED, Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM];
@@ -161,6 +166,8 @@ impl Plan {
             target_given: single && rng.percent(40),
             connections,
             buffers: if rng.percent(30) { rng.range(1, 4) as u16 } else { 64 },
+            limits: limits(rng, is_limited),
+            tick: if is_limited { rng.range(1, 60) as u32 } else { 0 },
             pipes: if rng.percent(20) { rng.range(0, 2) as usize } else { 64 },
             capacities,
             weather: Weather::new(rng, is_bulk),
@@ -177,6 +184,11 @@ impl Plan {
             waits_for_pause,
         }
     }
+}
+
+fn limits(rng: &mut Rng, is_limited: bool) -> Limits {
+    let mut limit = || if is_limited { rng.pick(&[0, 1, 2, 5, 20]) } else { 0 };
+    Limits { connect: limit(), idle: limit(), half_close: limit() }
 }
 
 impl Connection {

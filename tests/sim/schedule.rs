@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use nsplice::log::Log;
-use nsplice::worker::{Settings, Worker};
+use nsplice::worker::{Clock, Settings, Worker};
 
 use crate::engine::{FakeEngine, FakeSocket, Shared};
 use crate::plan::{Entry, Plan};
@@ -66,6 +66,8 @@ impl Schedule {
         let settings = Settings {
             transfer: plan.transfer,
             grace_ms: plan.grace_ms,
+            // The schedule itself says when a tick has passed.
+            clock: Clock { tick_ms: 0, limits: plan.limits },
             target: "192.0.2.1:80".to_owned(),
             single: plan.single,
         };
@@ -97,6 +99,7 @@ impl Schedule {
                 self.stop();
             }
             self.give_some();
+            self.tick_some();
             self.worker.turn().expect("a fake wait does not fail");
             if self.world.borrow().is_quiescent {
                 self.settle();
@@ -125,8 +128,19 @@ impl Schedule {
 
     fn stop(&mut self) {
         if !self.world.borrow().is_stopping {
-            self.world.borrow_mut().is_stopping = true;
+            self.world.borrow_mut().stop();
             self.worker.stop();
+        }
+    }
+
+    fn tick_some(&mut self) {
+        let mut world = self.world.borrow_mut();
+        let chance = world.plan.tick;
+        // None of the random numbers of schedules without a clock.
+        if chance > 0 && world.rng.percent(chance) {
+            world.tick();
+            drop(world);
+            self.worker.tick();
         }
     }
 

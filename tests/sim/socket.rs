@@ -68,6 +68,8 @@ pub struct Socket {
     pub told_last: bool,
     /// The first failure the worker was told of.
     pub told_error: Option<Errno>,
+    /// The first that is not only a consequence of another.
+    pub told_cause: Option<Errno>,
     /// A watch has reported the failure.
     pub told_by_watch: bool,
 }
@@ -97,6 +99,7 @@ impl Socket {
             told_end: false,
             told_last: false,
             told_error: None,
+            told_cause: None,
             told_by_watch: false,
             peer,
         }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use nix::errno::Errno;
 use nsplice::engine::Token;
-use nsplice::flow::Side;
+use nsplice::flow::{Limits, Side};
 
 use crate::memory::{Buffers, Pipe};
 use crate::plan::{Plan, Weather};
@@ -64,6 +64,14 @@ pub struct Connection {
     /// Pauses of the flow that are over, and their length together.
     pub pauses: u32,
     pub paused_ms: u64,
+    /// Bytes that the worker knows to be delivered, both ways.
+    pub delivered: u64,
+    /// Whole ticks without one, and their number then; `None`: since the last tick the connection
+    /// came to be, or was made.
+    pub quiet_ticks: u32,
+    pub delivered_at_tick: Option<u64>,
+    /// At some tick it had been quiet for as long as it may.
+    pub has_expired: bool,
 }
 
 /// A request to the kernel that is not submitted yet.
@@ -104,6 +112,8 @@ pub struct World {
     /// Closing the listener was announced by a cancellation.
     pub accept_cancelled: bool,
     pub is_stopping: bool,
+    /// Connections that had failed before.
+    pub failed_before: u64,
     /// Nothing can happen any more unless the worker is told something.
     pub is_quiescent: bool,
     /// Waits since a peer did something.
@@ -136,6 +146,10 @@ impl World {
             filled: 0,
             pauses: 0,
             paused_ms: 0,
+            delivered: 0,
+            quiet_ticks: 0,
+            delivered_at_tick: None,
+            has_expired: false,
         });
         let peers = plan.connections.iter().flat_map(|connection| connection.peers.iter());
         let mut sockets: Vec<_> = peers.map(|peer| Socket::new(peer.clone())).collect();
@@ -154,6 +168,7 @@ impl World {
             newest: None,
             accept_cancelled: false,
             is_stopping: false,
+            failed_before: 0,
             is_quiescent: false,
             waits_alone: 0,
             turn_calls: 0,
@@ -197,6 +212,33 @@ impl World {
     pub fn connect(&mut self, connection: usize) {
         self.connections[connection].connected = Some(Ok(()));
         self.sockets[2 * connection + 1].is_connected = true;
+    }
+
+    /// A tick of the worker's clock passes.
+    pub fn tick(&mut self) {
+        trace!(self, "tick");
+        for index in 0..self.connections.len() {
+            let connection = &mut self.connections[index];
+            connection.quiet_ticks += 1;
+            if connection.delivered_at_tick != Some(connection.delivered) {
+                connection.delivered_at_tick = Some(connection.delivered);
+                connection.quiet_ticks = 0;
+            }
+            self.connections[index].has_expired |= self.is_expired(index);
+        }
+    }
+
+    /// Whether the connection has been quiet for as long as it may.
+    fn is_expired(&self, index: usize) -> bool {
+        let Limits { connect, idle, half_close } = self.plan.limits;
+        let Connection { is_open, quiet_ticks, .. } = self.connections[index];
+        let is_half_closed = self.sockets[2 * index].is_shut || self.sockets[2 * index + 1].is_shut;
+        let is_over = |limit| limit > 0 && quiet_ticks >= limit;
+        match (is_open, is_half_closed) {
+            (false, _) => is_over(connect),
+            (true, false) => is_over(idle),
+            (true, true) => is_over(idle) || is_over(half_close),
+        }
     }
 
     /// Counts a call of the engine.

@@ -38,6 +38,8 @@ fn value(placeholder: &str) -> BoxedStrategy<String> {
         "NETNS" => netns().boxed(),
         "N" => (1..=1024_u32).prop_map(|number| number.to_string()).boxed(),
         "LIST" => "[0-9]{1,3}(,[0-4]-[5-9][0-9]?){0,3}".boxed(),
+        "CONNECTIONS" | "CLIENTS" => (1..=10_000_000_u32).prop_map(|n| n.to_string()).boxed(),
+        "TIMES|off" => "[1-9][0-9]{0,3},[1-9][0-9]?,[1-9]|off".boxed(),
         "USEC" => (0..=1_000_000_u32).prop_map(|us| us.to_string()).boxed(),
         "SECONDS" => "[0-9]{1,4}([.][0-9]{1,3})?".boxed(),
         "BYTES" => "([4-9]|[1-9][0-9]{1,2})[KM]".boxed(),

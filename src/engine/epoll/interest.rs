@@ -170,7 +170,8 @@ impl Interest {
             }
             Token::Accept => &mut self.others[0],
             Token::Handoff => &mut self.others[1],
-            Token::Command | Token::Ignored => &mut self.others[2],
+            // The clock is not waited for here.
+            Token::Command | Token::Tick | Token::Ignored => &mut self.others[2],
         }
     }
 }

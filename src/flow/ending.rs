@@ -1,0 +1,99 @@
+//! How a flow ends: complete, by a socket's failure, by a limit, or by order.
+
+use nix::errno::Errno;
+
+use super::half::{Half, Held};
+use super::{Action, End, Flow, Limit, Limits, Op, Phase, Question, Side, ask};
+
+impl Flow {
+    pub(super) fn terminate(&mut self, end: End) {
+        if matches!(self.phase, Phase::Connecting { .. } | Phase::Open) {
+            self.phase = Phase::Closing(end);
+        }
+    }
+
+    /// Ends the flow when it has been quiet for as long as it may.
+    pub(super) fn on_tick(&mut self, limits: Limits) {
+        let bytes = Some(self.halves.iter().map(Half::delivered_bytes).sum());
+        self.quiet_ticks += 1;
+        // The tick after a byte may come at once, so the time begins with it.
+        if bytes != self.bytes_at_tick {
+            self.bytes_at_tick = bytes;
+            self.quiet_ticks = 0;
+        }
+        let is_over = |limit: u32| limit > 0 && self.quiet_ticks >= limit;
+        let is_half_closed = self.halves.iter().any(Half::is_shut);
+        match self.phase {
+            Phase::Connecting { .. } if is_over(limits.connect) => {
+                self.terminate(End::ConnectFailed(Errno::ETIMEDOUT));
+            }
+            Phase::Open if is_half_closed && is_over(limits.half_close) => {
+                self.terminate(End::Expired(Limit::HalfClose));
+            }
+            Phase::Open if is_over(limits.idle) => self.terminate(End::Expired(Limit::Idle)),
+            _ => {}
+        }
+    }
+
+    /// Nothing can be moved now. What to do about it if that is because a socket failed, or
+    /// because all is done.
+    pub(super) fn next_ending(&mut self) -> Option<Action> {
+        if self.halves.iter().all(Half::is_shut) {
+            self.terminate(End::Complete);
+            return self.next();
+        }
+        let troubled = |side: &Side| self.trouble(*side).is_some();
+        let side = Side::BOTH.into_iter().find(troubled)?;
+        let hopeless = self.trouble(!side).is_some() || self.grace_left_ms == 0;
+        let drained = self.halves[side.index()].is_drained();
+        match self.trouble(side) {
+            Some(errno) if hopeless => {
+                self.terminate(End::Failed(side, errno));
+                self.next()
+            }
+            // What the failed socket had sent is to arrive before the reset, which would purge it.
+            _ if drained && !self.asked_unsent => {
+                self.asked_unsent = true;
+                ask(Question::Unsent(!side))
+            }
+            _ => self.start(Op::Pause),
+        }
+    }
+
+    /// How the side's socket failed, if it did.
+    fn trouble(&self, side: Side) -> Option<Errno> {
+        let alarm = self.alarmed[side.index()].then_some(Errno::ECONNRESET);
+        self.failed[side.index()].or(alarm)
+    }
+
+    pub(super) fn next_closing(&mut self, end: End) -> Option<Action> {
+        for op in Op::ALL {
+            if self.in_flight.has(op) && !self.cancelled.has(op) {
+                self.cancelled.insert(op);
+                return Some(Action::Cancel(op));
+            }
+        }
+        if !self.in_flight.is_empty() {
+            return None;
+        }
+        for side in Side::BOTH {
+            let half = &mut self.halves[side.index()];
+            let held = half.held();
+            half.on_released();
+            if matches!(held, Held::Buffer { .. } | Held::Pipe { .. }) {
+                return Some(Action::Release(side));
+            }
+        }
+        self.phase = Phase::Closed(end);
+        // A stream that is cut must not look like one that has ended; one that has ended was
+        // passed on whole, and a reset would take back what is still on its way.
+        let is_cut = |side: Side| !self.halves[(!side).index()].is_shut();
+        let reset = match end {
+            End::ConnectFailed(_) => [true, false],
+            End::Failed(side, _) => Side::BOTH.map(|other| other != side),
+            End::Stopped | End::Expired(_) => Side::BOTH.map(is_cut),
+            End::Complete => [false, false],
+        };
+        Some(Action::Close { reset })
+    }
+}
