@@ -32,7 +32,7 @@ def write(path, text):
 def call(function, *arguments):
     if getattr(libc, function)(*arguments) != 0:
         errno = ctypes.get_errno()
-        raise SystemExit(f"compare: {function}: {os.strerror(errno)} (it needs root)")
+        raise SystemExit(f"{function}: {os.strerror(errno)} (it needs root)")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -17,6 +18,16 @@ children = []  # every program started here and not yet ended
 
 class Failed(Exception):
     """A contender cannot do a work; the text says why."""
+
+
+def raise_nofile(wanted):
+    """Lets this process and those it starts have so many descriptors, or as many as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(wanted, int(read("/proc/sys/fs/nr_open")))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), max(hard, most)))
+    except ValueError:  # root without CAP_SYS_RESOURCE
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def start(command, **options):
