@@ -144,6 +144,9 @@ pub struct Args {
     /// time without a byte when half-closed
     #[argh(option)]
     pub half_close_timeout: Option<Seconds>,
+    /// time to end in
+    #[argh(option)]
+    pub drain_timeout: Option<Seconds>,
     /// probing of silent peers
     #[argh(option)]
     pub keepalive: Option<Keepalive>,
@@ -206,6 +209,7 @@ impl Args {
                 keepalive: self.keepalive.unwrap_or_default(),
                 user_timeout_ms: self.user_timeout.map_or(0, |time| time.ms),
             },
+            drain_timeout_ms: self.drain_timeout.map_or(0, |time| time.ms),
             backlog: self.backlog.map_or(u32::MAX, |Backlog(count)| count),
             verbose: self.verbose,
             summary: self.summary,

@@ -2,11 +2,8 @@
 //! gives them what the listener hands over, and adds up what they did.
 
 use std::io::Write;
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::poll::PollFlags;
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::signalfd::SignalFd;
 use nix::unistd::Pid;
@@ -18,13 +15,16 @@ use crate::engine::uring::{self, Uring};
 use crate::engine::{Setup, Start};
 use crate::error::{Error, Kind, Result};
 use crate::flow::End;
-use crate::handoff::{Channel, Message, Received};
+use crate::handoff::Channel;
 use crate::log::{Log, say};
 use crate::netns::{self, Follower};
-use crate::process::{ConnectPart, Wake, wait_any};
+use crate::process::ConnectPart;
 use crate::stats::Summary;
 use crate::sys::SharedCounters;
 use crate::worker::Settings;
+use serving::Serving;
+
+mod serving;
 
 /// Longest time to wait at the end for the last lines of the log to be written.
 const LAST_LINES: Duration = Duration::from_secs(1);
@@ -110,8 +110,11 @@ pub fn run(part: Part) -> Result<u8> {
     } else {
         (Epoll::NAME, Crew::start::<Epoll>(seeds.collect())?)
     };
-    let served = serve(&mut crew, follower, &part.control, &part.signals);
+    let drain_timeout = Duration::from_millis(config.drain_timeout_ms.into());
+    let served =
+        Serving::new(&mut crew, follower, &part.control, &part.signals, drain_timeout).run();
     let (stats, last_end) = crew.stop()?;
+    let stopped: u64 = stats.iter().map(|stats| stats.stopped).sum();
     drop(log);
     // All workers are gone, so the writer ends when it has written what it has; but a standard
     // error that nobody reads must not keep the program from ending.
@@ -126,6 +129,9 @@ pub fn run(part: Part) -> Result<u8> {
         })?;
     }
     served?;
+    if stopped > 0 && !drain_timeout.is_zero() {
+        return Err(Error::new(Kind::Cut, format!("connections cut at the end: {stopped}")));
+    }
     let failed = !matches!(last_end, None | Some(End::Complete | End::Stopped));
     Ok(if part.single && failed { Kind::Connection.status() } else { 0 })
 }
@@ -142,80 +148,5 @@ fn is_to_use_uring(wanted: Engine) -> Result<bool> {
             Ok(false)
         }
         (probed, _) => probed.map(|()| true).map_err(Error::from),
-    }
-}
-
-/// Starts up with the listener, then waits for the end.
-fn serve(
-    crew: &mut Crew,
-    mut follower: Option<Follower>,
-    control: &Channel,
-    signals: &SignalFd,
-) -> Result<()> {
-    let lost = |errno| Error::system(Kind::Process, "lost the listener process", errno, "");
-    let mut announced = false;
-    control.send(Message::Ready, &[]).map_err(lost)?;
-    loop {
-        let attention = crew.attention();
-        let mut own: Vec<(&dyn AsFd, PollFlags)> = vec![(&*attention, PollFlags::POLLIN)];
-        own.extend(follower.iter().flat_map(Follower::fds));
-        match wait_any(control, signals, &own, Follower::timeout(&follower))? {
-            Wake::Signal => return Ok(()),
-            Wake::Own => {
-                crew.collect();
-                follow(&mut follower, crew)?;
-            }
-            Wake::Control => match control.receive() {
-                Ok(Some(Received { message: Message::Stop, .. })) => return Ok(()),
-                Ok(Some(received)) => hand_on(received, crew)?,
-                Ok(None) | Err(Errno::ECONNRESET) => {
-                    return Err(Error::new(Kind::Process, "the listener process died"));
-                }
-                Err(errno) => return Err(lost(errno)),
-            },
-        }
-        if crew.is_over() {
-            return Ok(());
-        }
-        if crew.is_accepting() && !announced {
-            announced = true;
-            control.send(Message::Accepting, &[]).map_err(lost)?;
-        }
-    }
-}
-
-/// Has the workers connect from where the name of the namespace leads now.
-fn follow(follower: &mut Option<Follower>, crew: &Crew) -> Result<()> {
-    if let Some(follower) = follower
-        && let Some(netns) = follower.look()?
-    {
-        // This thread first: what it cannot enter is no namespace for some of the workers.
-        match netns::enter(&netns).and_then(|()| crew.enter(&netns)) {
-            Ok(()) => follower.went_to(netns),
-            Err(error) => follower.cannot_go(error),
-        }
-    }
-    Ok(())
-}
-
-/// Gives the workers what the listener has sent.
-fn hand_on(received: Received, crew: &mut Crew) -> Result<()> {
-    let missing = || Error::new(Kind::Kernel, "RLIMIT_NOFILE is too low to receive a socket");
-    let mut sockets = received.sockets.into_iter();
-    match received.message {
-        Message::Listener => crew.listen(&sockets.next().ok_or_else(missing)?),
-        Message::Connections => {
-            crew.forward(sockets.next().ok_or_else(missing)?);
-            Ok(())
-        }
-        Message::Start => {
-            crew.accept_handoff();
-            Ok(())
-        }
-        Message::Drain => {
-            crew.drain();
-            Ok(())
-        }
-        other => Err(Error::new(Kind::Process, format!("the listener is confused: {other:?}"))),
     }
 }

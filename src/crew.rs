@@ -14,6 +14,7 @@ use crate::flow::End;
 use crate::handoff::Channel;
 use crate::log::Log;
 use crate::netns::OpenNetns;
+use crate::queue::Queue;
 use crate::stats::Stats;
 use crate::sys::SharedCounters;
 use crate::worker::Settings;
@@ -94,6 +95,14 @@ pub struct Crew {
     attention: Arc<EventFd>,
     accepting: usize,
     ended: Vec<Ended>,
+    /// What the workers accept from.
+    listener: Option<OwnedFd>,
+    /// Those who waited at one when it was to be closed.
+    queue: Option<Queue>,
+    /// The workers are to be told when there are none.
+    is_draining: bool,
+    /// Who got the last of them.
+    turn: usize,
 }
 
 impl Crew {
@@ -103,8 +112,17 @@ impl Crew {
         abort_on_panic();
         let (report, reports) = channel();
         let attention = Arc::new(event_fd()?);
-        let mut crew =
-            Crew { workers: Vec::new(), reports, attention, accepting: 0, ended: Vec::new() };
+        let mut crew = Crew {
+            workers: Vec::new(),
+            reports,
+            attention,
+            accepting: 0,
+            ended: Vec::new(),
+            listener: None,
+            queue: None,
+            is_draining: false,
+            turn: 0,
+        };
         for (index, seed) in seeds.into_iter().enumerate() {
             let reporter = Reporter { reports: report.clone(), attention: crew.attention() };
             crew.workers.push(spawn::<E>(index, seed, reporter)?);
@@ -137,7 +155,7 @@ impl Crew {
     }
 
     /// Has every worker accept from `listener`, and no longer from what it had before.
-    pub fn listen(&mut self, listener: &OwnedFd) -> Result<()> {
+    pub fn listen(&mut self, listener: OwnedFd) -> Result<()> {
         self.accepting = 0;
         for worker in &self.workers {
             let copy = listener.try_clone().map_err(|error| {
@@ -145,6 +163,8 @@ impl Crew {
             })?;
             worker.tell(Command::Listen(copy));
         }
+        let before = self.listener.replace(listener);
+        self.close(before);
         Ok(())
     }
 
@@ -175,12 +195,43 @@ impl Crew {
         self.accepting == self.workers.len()
     }
 
-    /// Has every worker end with its last connection. One that is handed connections over first
-    /// takes all that come until its channel ends.
-    pub fn drain(&self) {
-        for worker in &self.workers {
-            worker.tell(Command::Drain);
+    /// Has every worker end with its last connection, when those who wait have been taken. One that
+    /// is handed connections over first takes all that come until its channel ends.
+    pub fn drain(&mut self) {
+        self.is_draining = true;
+        let listener = self.listener.take();
+        self.close(listener);
+    }
+
+    /// Takes those who wait at a socket that is not accepted from any more.
+    fn close(&mut self, listener: Option<OwnedFd>) {
+        // A socket that is not to be had any more has nobody waiting.
+        self.queue = listener.and_then(|listener| Queue::new(listener).ok()).or(self.queue.take());
+        self.serve_queue();
+    }
+
+    /// To be called again while there are [waiting clients](Self::has_waiting_clients).
+    pub fn serve_queue(&mut self) {
+        while let Some(queue) = &mut self.queue {
+            match queue.take() {
+                Ok(Some(client)) => {
+                    self.turn = (self.turn + 1) % self.workers.len();
+                    self.workers[self.turn].tell(Command::Forward(client));
+                }
+                Ok(None) => self.queue = None,
+                Err(_) => return,
+            }
         }
+        if std::mem::take(&mut self.is_draining) {
+            for worker in &self.workers {
+                worker.tell(Command::Drain);
+            }
+        }
+    }
+
+    /// Whether there are clients for whom the system has no room now.
+    pub fn has_waiting_clients(&self) -> bool {
+        self.queue.is_some()
     }
 
     /// Whether a worker has failed, or all have ended: with their last or the only connection.

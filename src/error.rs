@@ -25,11 +25,13 @@ pub enum Kind {
     Connection = 6,
     /// One of the two processes ended without having been asked to.
     Process = 7,
+    /// Connections were cut, when `--drain-timeout` was over or by a second signal.
+    Cut = 8,
 }
 
 impl Kind {
     /// All kinds, in the order of their exit statuses.
-    pub const ALL: [Kind; 7] = [
+    pub const ALL: [Kind; 8] = [
         Kind::Mix,
         Kind::Usage,
         Kind::Netns,
@@ -37,6 +39,7 @@ impl Kind {
         Kind::Kernel,
         Kind::Connection,
         Kind::Process,
+        Kind::Cut,
     ];
 
     /// The exit status of a process that ends for this reason.
@@ -59,6 +62,7 @@ impl Kind {
             Kind::Kernel => "the kernel refuses io_uring, a process, memory or a CPU",
             Kind::Connection => "the only connection (-S or -C) failed",
             Kind::Process => "one of the two processes died",
+            Kind::Cut => "connections were cut after --drain-timeout, or by a second signal",
         }
     }
 }
@@ -107,7 +111,7 @@ mod tests {
     #[test]
     fn statuses_are_the_documented_numbers() {
         let statuses: Vec<u8> = Kind::ALL.iter().map(|kind| kind.status()).collect();
-        assert_eq!(statuses, [1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(statuses, [1, 2, 3, 4, 5, 6, 7, 8]);
         assert_eq!(Kind::from_status(3), Some(Kind::Netns));
         assert_eq!(Kind::from_status(0), None);
     }

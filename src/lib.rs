@@ -17,6 +17,7 @@ pub mod netns;
 pub mod pace;
 pub mod pipe;
 pub mod process;
+pub mod queue;
 pub mod socket;
 pub mod stats;
 pub mod sys;

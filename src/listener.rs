@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFlags, PollTimeout};
@@ -13,21 +14,28 @@ use nix::sys::socket::{
 };
 use nix::unistd::write;
 
-use self::outbox::{Outbox, accept_batch};
+use self::outbox::{Outbox, accept_batch, give};
 use crate::config::{Config, Handoff};
 use crate::error::{Error, Kind, Result};
 use crate::handoff::{Channel, Message};
 use crate::log;
 use crate::netns::{self, Follower};
 use crate::process::{ListenPart, Wake, wait_any};
+use crate::queue::Queue;
 use crate::socket::prepare;
 use crate::sys::{SharedCounters, listen, set_nonblocking};
 use crate::takeover::{Answer, Takeover};
 
+mod ending;
 mod outbox;
 
 /// How long accepting pauses after the system ran out of something.
 const PAUSE_MS: u16 = 100;
+
+/// How long an address may still be taken by what a killed process has left behind.
+const LEFT_BEHIND: Duration = Duration::from_millis(500);
+/// How long to wait before it is tried again.
+const BIND_AGAIN: Duration = Duration::from_millis(10);
 
 /// What the listener is given at the fork.
 pub struct Part<'a> {
@@ -97,17 +105,19 @@ pub fn run(part: Part) -> Result<u8> {
 
 /// Listens at `address` in the namespace this process is in.
 fn listen_at(address: SocketAddr, config: &Config) -> Result<OwnedFd> {
-    bind_and_listen(address, config).map_err(|errno| {
-        let cause = match errno {
-            Errno::EADDRINUSE => "another socket listens there",
-            Errno::EADDRNOTAVAIL => {
-                "no interface of the listen side's namespace has this address; is it up?"
-            }
-            Errno::EACCES => "ports below net.ipv4.ip_unprivileged_port_start need root",
-            _ => "",
-        };
-        Error::system(Kind::Socket, format!("-l {address}: cannot listen"), errno, cause)
-    })
+    bind_and_listen(address, config).map_err(|errno| cannot_listen(address, errno))
+}
+
+fn cannot_listen(address: SocketAddr, errno: Errno) -> Error {
+    let cause = match errno {
+        Errno::EADDRINUSE => "another socket listens there",
+        Errno::EADDRNOTAVAIL => {
+            "no interface of the listen side's namespace has this address; is it up?"
+        }
+        Errno::EACCES => "ports below net.ipv4.ip_unprivileged_port_start need root",
+        _ => "",
+    };
+    Error::system(Kind::Socket, format!("-l {address}: cannot listen"), errno, cause)
 }
 
 fn bind_and_listen(address: SocketAddr, config: &Config) -> std::result::Result<OwnedFd, Errno> {
@@ -204,7 +214,29 @@ impl Serving<'_> {
                 }
             }
         }
-        listen_at(address, self.config).map(Some)
+        self.listen_soon(address)
+    }
+
+    /// Listens at `address`, also if a process that was killed has it for a moment: its rings are
+    /// torn down after it is gone (kernel-fact 16). `None`: interrupted.
+    fn listen_soon(&self, address: SocketAddr) -> Result<Option<OwnedFd>> {
+        let since = Instant::now();
+        loop {
+            match bind_and_listen(address, self.config) {
+                Err(Errno::EADDRINUSE) if since.elapsed() < LEFT_BEHIND => {}
+                result => {
+                    if since.elapsed() >= BIND_AGAIN && result.is_ok() {
+                        let ms = since.elapsed().as_millis();
+                        log::say_now(&format!("-l {address} was taken for another {ms} ms"));
+                    }
+                    return result.map(Some).map_err(|errno| cannot_listen(address, errno));
+                }
+            }
+            let timeout = PollTimeout::try_from(BIND_AGAIN).unwrap_or(PollTimeout::ZERO);
+            if wait_any(self.control, self.signals, &[], timeout)? != Wake::Own {
+                return Ok(None);
+            }
+        }
     }
 
     /// Has connections accepted from `listener`, here or in the connector, and from no other.
@@ -222,12 +254,22 @@ impl Serving<'_> {
                 set_nonblocking(&listener).map_err(|errno| {
                     Error::system(Kind::Socket, "cannot make the listener non-blocking", errno, "")
                 })?;
-                if self.listener.replace(listener).is_none() {
-                    send(self.control, Message::Start, &[])?;
+                match self.listener.replace(listener) {
+                    None => send(self.control, Message::Start, &[])?,
+                    Some(before) => self.take_queue(before),
                 }
             }
         }
         Ok(address)
+    }
+
+    /// Takes those who wait at a socket that is not accepted from any more.
+    fn take_queue(&mut self, listener: OwnedFd) {
+        // A socket that is not to be had any more has nobody waiting.
+        let Ok(mut queue) = Queue::new(listener) else { return };
+        while let Ok(Some(client)) = queue.take() {
+            give(client, &mut self.outboxes, &self.ended);
+        }
     }
 
     fn serve(mut self) -> Result<u8> {
@@ -238,15 +280,20 @@ impl Serving<'_> {
             let may_accept = !blocked && !paused;
             let timeout =
                 if may_accept { Follower::timeout(&self.follower) } else { PAUSE_MS.into() };
-            if self.wait(may_accept, timeout)? != Wake::Own {
-                return Ok(0);
+            match self.wait(may_accept, timeout)? {
+                Wake::Own => {}
+                Wake::Signal => return self.end(Ok(0)),
+                Wake::Control if self.is_told_to_end() => return self.end(Ok(0)),
+                Wake::Control => return Ok(0),
             }
             if let Some((takeover, listener)) = self.takeover.as_mut().zip(self.listener.as_ref())
                 && takeover.serve(listener)
             {
-                return self.drain();
+                return ending::Ending::succeeded(self).run();
             }
-            self.follow()?;
+            if let Err(error) = self.follow() {
+                return self.end(Err(error));
+            }
             if let Some(listener) = self.listener.as_ref().filter(|_| !blocked)
                 && self.handoff == Handoff::Connections
             {
@@ -307,18 +354,18 @@ impl Serving<'_> {
         Ok(())
     }
 
-    /// Accepts no more, and ends when the connector does: after the last connection.
-    fn drain(mut self) -> Result<u8> {
-        (self.listener, self.follower, self.takeover) = (None, None, None);
-        while self.flush() {
-            if self.wait(false, PAUSE_MS.into())? != Wake::Own {
-                return Ok(0);
-            }
+    /// Whether the connector, which may be the one that gets the signal, says so; if not, it is
+    /// gone.
+    fn is_told_to_end(&self) -> bool {
+        let received = self.control.receive();
+        matches!(received, Ok(Some(received)) if received.message == Message::Stop)
+    }
+
+    /// Ends with `result`: at once, or when the connections have.
+    fn end(self, result: Result<u8>) -> Result<u8> {
+        match self.config.drain_timeout_ms {
+            0 => result,
+            ms => ending::Ending::ordered(self, Duration::from_millis(ms.into())).run().and(result),
         }
-        send(self.control, Message::Drain, &[])?;
-        // Their ends tell the workers that there is no more to take.
-        self.outboxes.clear();
-        while self.wait(false, PollTimeout::NONE)? == Wake::Own {}
-        Ok(0)
     }
 }

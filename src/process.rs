@@ -203,19 +203,18 @@ fn block_signals() -> std::result::Result<SignalFd, Errno> {
     SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
 }
 
-/// Waits for whichever comes first. `own` is watched for the events given with it, at most
-/// until `timeout` (then [`Wake::Own`] is reported as well).
-pub fn wait_any(
-    control: &Channel,
+/// Waits for whichever comes first. A control channel that is known to be closed is left out.
+/// `own` is watched for the events given with it, at most until `timeout` (then [`Wake::Own`] is reported as well).
+pub fn wait_any<'a>(
+    control: impl Into<Option<&'a Channel>>,
     signals: &SignalFd,
     own: &[(&dyn AsFd, PollFlags)],
     timeout: PollTimeout,
 ) -> Result<Wake> {
-    let mut fds = vec![
-        PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-        PollFd::new(control.as_fd(), PollFlags::POLLIN),
-    ];
+    let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
     fds.extend(own.iter().map(|(fd, events)| PollFd::new(fd.as_fd(), *events)));
+    let control = control.into();
+    fds.extend(control.map(|control| PollFd::new(control.as_fd(), PollFlags::POLLIN)));
     loop {
         match poll(&mut fds, timeout) {
             Ok(_) => break,
@@ -223,12 +222,14 @@ pub fn wait_any(
             Err(errno) => return Err(Error::system(Kind::Kernel, "cannot poll", errno, "")),
         }
     }
-    if fds[0].any().unwrap_or(false) {
+    let has_come = |fd: Option<&PollFd>| fd.and_then(PollFd::any).unwrap_or(false);
+    if has_come(fds.first()) {
         // Read, so that a second signal is a second event.
         let _ = signals.read_signal();
         return Ok(Wake::Signal);
     }
-    Ok(if fds[1].any().unwrap_or(false) { Wake::Control } else { Wake::Own })
+    let is_control = control.is_some() && has_come(fds.last());
+    Ok(if is_control { Wake::Control } else { Wake::Own })
 }
 
 /// Waits for the connector, which is ending; a second signal kills it. Its failures are its own

@@ -128,6 +128,19 @@ pub(crate) fn netns_cookie(socket: impl AsFd) -> Result<u64, Errno> {
     Ok(cookie)
 }
 
+/// How many clients wait at a TCP socket to be accepted. Errors as getsockopt(2); EOPNOTSUPP for
+/// sockets of other kinds.
+pub(crate) fn waiting_clients(listener: impl AsFd) -> Result<u32, Errno> {
+    // SAFETY: it consists of numbers, for which zeroes are valid.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    let (fd, level) = (listener.as_fd().as_raw_fd(), libc::IPPROTO_TCP);
+    let place = (&raw mut info).cast();
+    // SAFETY: there is room for the length given until the call returns.
+    Errno::result(unsafe { libc::getsockopt(fd, level, libc::TCP_INFO, place, &raw mut length) })?;
+    Ok(info.tcpi_unacked)
+}
+
 /// Reads a number of this size, at the level SOL_SOCKET.
 fn socket_option<T: Into<i128>>(socket: RawFd, name: i32, value: &mut T) -> Result<(), Errno> {
     let mut length = size_of::<T>() as libc::socklen_t;

@@ -13,7 +13,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use names::{Names, Sleeper};
 use nix::sys::signal::Signal;
 use support::streams::{accept, connect};
-use support::{Forwarder, Launch, Netns, eventually, namespaces, skip};
+use support::{Forwarder, Launch, Netns, Process, eventually, namespaces, skip};
 
 /// Asks through the forwarder, as a client in `clients`, what only the server at `listener` knows.
 #[track_caller]
@@ -365,4 +365,51 @@ fn what_keeps_it_from_the_new_namespace_is_said_once_and_tried_again() {
     wait_for_line(&forwarder, "new connections are in the new namespace now");
     assert_reaches(&forwarder, &others, &named.server);
     assert_eq!(forwarder.stop().code(), Some(0));
+}
+
+#[test]
+fn with_time_to_drain_in_it_exits_after_the_last_connection() {
+    for handoff in HANDOFFS {
+        for name in ["clients", "targets"] {
+            namespaces!(clients, targets);
+            let named = Named::new(clients, targets);
+            let launch = named.launch("exit", handoff).option("--drain-timeout", "600");
+            let forwarder = launch.start();
+            let mut lasting = Lasting::new(forwarder.address(), &named.clients, &named.server);
+            named.names.delete(name);
+            let port = forwarder.address().port();
+            let is_closed = || (!named.clients.listens(port)).then_some(());
+            eventually("it no longer listens", is_closed);
+            lasting.assert_works();
+            drop(lasting);
+            let exit = forwarder.finish();
+            assert_eq!(exit.code(), Some(3), "{exit:?}");
+            assert_eq!(exit.summary()["completed"], 1, "{exit:?}");
+        }
+    }
+}
+
+#[test]
+fn clients_who_wait_where_it_no_longer_listens_are_served() {
+    const CLIENTS: usize = 50;
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets, others);
+        let named = Named::new(clients, targets);
+        let forwarder = named.launch("reopen", handoff).start();
+        let address = forwarder.address();
+        let processes = forwarder.processes();
+        processes.iter().for_each(Process::stop);
+        let waiting: Vec<_> =
+            named.clients.enter(|| (0..CLIENTS).map(|_| connect(address)).collect());
+        named.names.link("clients", &others);
+        processes.iter().for_each(|process| process.signal(Signal::SIGCONT));
+        for client in waiting {
+            let server = accept(&named.server);
+            drop((client, server));
+        }
+        eventually("it listens there", || others.listens(address.port()).then_some(()));
+        assert_reaches(&forwarder, &others, &named.server);
+        let exit = forwarder.stop();
+        assert_eq!(exit.summary()["completed"], CLIENTS + 1, "{exit:?}");
+    }
 }

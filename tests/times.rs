@@ -12,7 +12,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{Backlog, listen};
 use support::streams::{accept, bounded, connect};
-use support::{Exit, Forwarder, Launch, Netns, eventually, namespaces};
+use support::{Exit, Forwarder, Launch, Netns, Process, eventually, namespaces};
 
 /// Long enough that a busy machine does not take it for silence.
 const LIMIT: &str = "1";
@@ -199,7 +199,7 @@ fn as_many_as_the_backlog_says_wait() {
     clients.sysctl("net/ipv4/tcp_syncookies", "0");
     let stage = Stage::new(clients, &targets, &[("--backlog", "5")]);
     let processes = stage.forwarder.processes();
-    processes.iter().for_each(|process| process.signal(Signal::SIGSTOP));
+    processes.iter().for_each(Process::stop);
     let address = stage.forwarder.address();
     let waiting = stage.clients.enter(|| {
         let clients: Vec<_> = (0..CLIENTS).map(|_| begin_connecting(address)).collect();

@@ -268,6 +268,14 @@ const LIMITS: &[Opt] = &[
     },
     Opt {
         short: None,
+        long: "--drain-timeout",
+        value: Some(SECONDS),
+        help: "Time for connections to end by themselves after SIGTERM or SIGINT; those that are \
+               left then are reset, or at a second signal",
+        default: Some("0"),
+    },
+    Opt {
+        short: None,
         long: "--keepalive",
         value: Some(KEEPALIVE),
         help: "TIMES is IDLE,INTERVAL,COUNT: probe a silent peer after IDLE seconds, then every \

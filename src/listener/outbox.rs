@@ -1,12 +1,12 @@
 //! `--handoff connections`: accepted connections on their way to the workers.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{SockFlag, accept4};
 
 use crate::handoff::{Channel, MAX_SOCKETS, Message};
-use crate::sys::{self, SharedCounters};
+use crate::queue;
+use crate::sys::SharedCounters;
 
 /// Connections accepted before those accepted so far are handed over.
 const BATCH: usize = 64;
@@ -49,22 +49,22 @@ pub(super) fn accept_batch(
     ended: &SharedCounters,
 ) -> std::result::Result<(), Errno> {
     for _ in 0..BATCH {
-        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-        match accept4(listener.as_raw_fd(), flags).and_then(sys::own) {
-            Ok(client) => {
-                let load = |(index, outbox): &(usize, &mut Outbox)| {
-                    outbox.given.wrapping_sub(ended.get(*index))
-                };
-                let least = outboxes.iter_mut().enumerate().min_by_key(load);
-                if let Some((_, outbox)) = least {
-                    outbox.given = outbox.given.wrapping_add(1);
-                    outbox.waiting.push(client);
-                }
-            }
+        match queue::accept(listener) {
+            Ok(client) => give(client, outboxes, ended),
             Err(Errno::EAGAIN) => break,
             Err(Errno::EINTR | Errno::ECONNABORTED) => {}
             Err(errno) => return Err(errno),
         }
     }
     Ok(())
+}
+
+/// Puts a client into the outbox for the worker with the fewest connections.
+pub(super) fn give(client: OwnedFd, outboxes: &mut [Outbox], ended: &SharedCounters) {
+    let load =
+        |(index, outbox): &(usize, &mut Outbox)| outbox.given.wrapping_sub(ended.get(*index));
+    if let Some((_, outbox)) = outboxes.iter_mut().enumerate().min_by_key(load) {
+        outbox.given = outbox.given.wrapping_add(1);
+        outbox.waiting.push(client);
+    }
 }

@@ -52,6 +52,20 @@ impl Process {
         }
     }
 
+    /// Stops it, and waits until all of its threads have stopped.
+    pub fn stop(&self) {
+        self.signal(Signal::SIGSTOP);
+        let threads = format!("/proc/{}/task", self.pid);
+        let is_stopped = |thread: fs::DirEntry| {
+            let id = thread.file_name().to_str()?.parse().ok()?;
+            Some(stat(id)?[0] == "T")
+        };
+        super::eventually("all threads stop", || {
+            let mut threads = fs::read_dir(&threads).ok()?;
+            threads.all(|thread| thread.ok().and_then(is_stopped) == Some(true)).then_some(())
+        });
+    }
+
     /// What its open descriptors refer to, such as `socket:[123]`.
     pub fn fds(&self) -> Vec<String> {
         let Ok(entries) = fs::read_dir(format!("/proc/{}/fd", self.pid)) else { return Vec::new() };

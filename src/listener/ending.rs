@@ -1,0 +1,100 @@
+//! The end of the listener: no new clients, and the connections that there are end by themselves.
+
+use std::time::{Duration, Instant};
+
+use nix::poll::PollTimeout;
+
+use super::outbox::give;
+use super::{PAUSE_MS, Serving, send};
+use crate::config::Handoff;
+use crate::error::Result;
+use crate::handoff::Message;
+use crate::process::Wake;
+use crate::queue::Queue;
+
+/// Signals that come within this time of the first are repetitions of it, not impatience: some
+/// programs signal a process and then its group, and both processes tell.
+const ONE_ORDER: Duration = Duration::from_millis(200);
+
+/// A listener that is ending.
+pub(super) struct Ending<'a> {
+    serving: Serving<'a>,
+    /// Clients who still have to be handed over.
+    queue: Option<Queue>,
+    /// When the order to end came, if it was one.
+    ordered: Option<Instant>,
+    deadline: Option<Instant>,
+}
+
+impl<'a> Ending<'a> {
+    /// It was told to end within `time`.
+    pub(super) fn ordered(mut serving: Serving<'a>, time: Duration) -> Self {
+        // Those who wait at a socket that the connector accepts from are its business.
+        let listener = serving.listener.take().filter(|_| serving.handoff == Handoff::Connections);
+        // A socket that is not to be had any more has nobody waiting.
+        let queue = listener.and_then(|listener| Queue::new(listener).ok());
+        let now = Instant::now();
+        Self { serving, queue, ordered: Some(now), deadline: Some(now + time) }
+    }
+
+    /// Another process has taken over: who waits is that one's, and it waits for nothing here.
+    pub(super) fn succeeded(serving: Serving<'a>) -> Self {
+        let ms = serving.config.drain_timeout_ms;
+        let deadline = (ms > 0).then(|| Instant::now() + Duration::from_millis(ms.into()));
+        Self { serving, queue: None, ordered: None, deadline }
+    }
+
+    /// Ends when the connector does, after the last connection; or before, when the time is over,
+    /// by a further signal, or because the connector is gone. The caller has to stop it then.
+    pub(super) fn run(mut self) -> Result<u8> {
+        let serving = &mut self.serving;
+        (serving.listener, serving.follower, serving.takeover) = (None, None, None);
+        while self.hand_over() {
+            if self.is_over(PAUSE_MS.into())? {
+                return Ok(0);
+            }
+        }
+        // With its last copy here the socket is closed.
+        self.queue = None;
+        send(self.serving.control, Message::Drain, &[])?;
+        // Their ends tell the workers that there is no more to take.
+        self.serving.outboxes.clear();
+        while !self.is_over(PollTimeout::NONE)? {}
+        Ok(0)
+    }
+
+    /// Hands over what waits. Returns whether some still has to.
+    fn hand_over(&mut self) -> bool {
+        let Serving { outboxes, ended, .. } = &mut self.serving;
+        let mut is_short = false;
+        if let Some(queue) = &mut self.queue {
+            let clients = std::iter::from_fn(|| queue.take().transpose());
+            for client in clients.map_while(|client| client.inspect_err(|_| is_short = true).ok()) {
+                give(client, outboxes, ended);
+            }
+        }
+        self.serving.flush() || is_short
+    }
+
+    /// Waits until something happens, for `timeout` at most; whether that is the end.
+    fn is_over(&self, timeout: PollTimeout) -> Result<bool> {
+        let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if left == Some(Duration::ZERO) {
+            return Ok(true);
+        }
+        // Rounded up, so that the time is over then.
+        let left =
+            left.and_then(|left| PollTimeout::try_from(left + Duration::from_millis(1)).ok());
+        let timeout = match left {
+            Some(left) if timeout.is_none() => left,
+            Some(left) => timeout.min(left),
+            None => timeout,
+        };
+        let is_repetition = || self.ordered.is_some_and(|since| since.elapsed() < ONE_ORDER);
+        Ok(match self.serving.wait(false, timeout)? {
+            Wake::Own => false,
+            Wake::Signal => !is_repetition(),
+            Wake::Control => !(self.serving.is_told_to_end() && is_repetition()),
+        })
+    }
+}

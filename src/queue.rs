@@ -1,0 +1,81 @@
+//! Clients that wait at a listening socket that is about to be closed: they are connected already,
+//! and closing would reset them.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{SockFlag, accept4};
+
+use crate::sys;
+
+/// Those who wait at the time it is made; who comes later is not one of them.
+#[derive(Debug)]
+pub struct Queue {
+    listener: OwnedFd,
+    left: u32,
+}
+
+impl Queue {
+    /// The clients who wait at `listener` now. Others may accept some of them, too.
+    pub fn new(listener: OwnedFd) -> Result<Self, Errno> {
+        sys::set_nonblocking(&listener)?;
+        // Unix-domain sockets do not tell: then all until it is empty.
+        let left = sys::waiting_clients(&listener).unwrap_or(u32::MAX);
+        Ok(Self { listener, left })
+    }
+
+    /// The next client; `None`: there is none left. Errors as accept(2), without EAGAIN: the system
+    /// has run out of something, and the client still waits.
+    pub fn take(&mut self) -> Result<Option<OwnedFd>, Errno> {
+        while self.left > 0 {
+            match accept(&self.listener) {
+                Ok(client) => {
+                    self.left -= 1;
+                    return Ok(Some(client));
+                }
+                Err(Errno::EAGAIN) => self.left = 0,
+                Err(Errno::EINTR | Errno::ECONNABORTED) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Accepts a client from a socket that does not block. Errors as accept(2).
+pub fn accept(listener: &OwnedFd) -> Result<OwnedFd, Errno> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    accept4(listener.as_raw_fd(), flags).and_then(sys::own)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    #[test]
+    fn only_those_who_waited_are_taken() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let connect =
+            || TcpStream::connect(listener.local_addr().expect("bound")).expect("connect");
+        let early = [connect(), connect()];
+        let mut queue = Queue::new(listener.try_clone().expect("dup").into()).expect("a queue");
+        let late = connect();
+        assert!(queue.take().expect("accept").is_some() && queue.take().expect("accept").is_some());
+        assert!(queue.take().expect("accept").is_none());
+        assert!(listener.accept().is_ok(), "the late one is still there");
+        drop((early, late));
+    }
+
+    #[test]
+    fn a_unix_domain_queue_is_taken_until_it_is_empty() {
+        let path = std::env::temp_dir().join(format!("nsplice-queue-{}", std::process::id()));
+        let listener = UnixListener::bind(&path).expect("bind");
+        let clients = [UnixStream::connect(&path), UnixStream::connect(&path)];
+        std::fs::remove_file(&path).expect("remove");
+        let mut queue = Queue::new(listener.into()).expect("a queue");
+        let taken = std::iter::from_fn(|| queue.take().expect("accept")).count();
+        assert_eq!(taken, clients.len());
+    }
+}

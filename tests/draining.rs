@@ -1,0 +1,218 @@
+//! Ending without loss: --drain-timeout.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use support::streams::{accept, connect};
+use support::{Exit, Forwarder, Launch, Netns, Process, eventually, namespaces};
+
+/// Longer than any test.
+const LONG: &str = "600";
+/// The status of connections that were cut.
+const CUT: Option<i32> = Some(8);
+const HANDOFFS: [&str; 2] = ["socket", "connections"];
+
+#[derive(Clone, Copy, Debug)]
+enum To {
+    Listener,
+    Connector,
+    Group,
+}
+
+struct Stage {
+    clients: Netns,
+    server: TcpListener,
+    forwarder: Forwarder,
+}
+
+impl Stage {
+    fn new(clients: Netns, targets: &Netns, handoff: &str, drain_timeout: &str) -> Self {
+        let server = targets.listen("127.0.0.1:0");
+        let forwarder = Launch::nsplice()
+            .option("--handoff", handoff)
+            .option("--drain-timeout", drain_timeout)
+            .listen_netns(&clients)
+            .connect_netns(targets)
+            .listen(([127, 0, 0, 1], 0))
+            .connect(server.local_addr().unwrap())
+            .start();
+        Self { clients, server, forwarder }
+    }
+
+    fn connection(&self) -> (TcpStream, TcpStream) {
+        let address = self.forwarder.address();
+        let mut pair = (self.clients.enter(|| connect(address)), accept(&self.server));
+        ping(&mut pair);
+        pair
+    }
+
+    fn signal(&self, to: To) {
+        match to {
+            To::Listener => self.forwarder.listener.signal(Signal::SIGTERM),
+            To::Connector => self.forwarder.connector().signal(Signal::SIGTERM),
+            To::Group => {
+                killpg(Pid::from_raw(self.forwarder.listener.pid), Signal::SIGTERM).unwrap();
+            }
+        }
+    }
+
+    fn wait_until_closed(&self) {
+        let port = self.forwarder.address().port();
+        eventually("nobody listens any more", || (!self.clients.listens(port)).then_some(()));
+    }
+}
+
+#[track_caller]
+fn ping((client, server): &mut (TcpStream, TcpStream)) {
+    let mut message = *b"ping";
+    client.write_all(&message).unwrap();
+    server.read_exact(&mut message).unwrap();
+    server.write_all(&message).unwrap();
+    client.read_exact(&mut message).unwrap();
+}
+
+#[track_caller]
+fn assert_reset(stream: &mut TcpStream) {
+    let error = stream.read(&mut [0; 16]).expect_err("neither bytes nor a clean end");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
+}
+
+#[track_caller]
+fn assert_cut(exit: &Exit, count: usize) {
+    let text = format!("Error: connections cut at the end: {count}\n");
+    assert_eq!((exit.code(), exit.stderr.as_str()), (CUT, text.as_str()), "{exit:?}");
+    assert_eq!(exit.summary()["stopped"], count, "{exit:?}");
+}
+
+#[test]
+fn whoever_gets_the_signal_live_connections_go_on_to_their_end() {
+    for handoff in HANDOFFS {
+        for to in [To::Listener, To::Connector, To::Group] {
+            namespaces!(clients, targets);
+            let stage = Stage::new(clients, &targets, handoff, LONG);
+            let mut connections = [stage.connection(), stage.connection()];
+            stage.signal(to);
+            stage.wait_until_closed();
+            connections.iter_mut().for_each(ping);
+            let [(client, mut server), other] = connections;
+            client.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(server.read(&mut [0]).unwrap(), 0);
+            drop((client, server, other));
+            let exit = stage.forwarder.finish();
+            exit.assert_clean();
+            assert_eq!(exit.summary()["completed"], 2, "--handoff {handoff}, {to:?}: {exit:?}");
+        }
+    }
+}
+
+#[test]
+fn what_is_left_when_the_time_is_over_is_reset() {
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets);
+        let stage = Stage::new(clients, &targets, handoff, "0.3");
+        let (mut client, mut server) = stage.connection();
+        stage.signal(To::Listener);
+        assert_reset(&mut client);
+        assert_reset(&mut server);
+        assert_cut(&stage.forwarder.finish(), 1);
+    }
+}
+
+#[test]
+fn a_second_signal_ends_at_once() {
+    for handoff in HANDOFFS {
+        for to in [To::Listener, To::Connector, To::Group] {
+            namespaces!(clients, targets);
+            let stage = Stage::new(clients, &targets, handoff, LONG);
+            let (mut client, mut server) = stage.connection();
+            stage.signal(to);
+            stage.wait_until_closed();
+            // Until then it may pass for a repetition of the first.
+            eventually("a second signal counts", || {
+                stage.signal(to);
+                client.set_nonblocking(true).unwrap();
+                let how = client.read(&mut [0]).map_err(|error| error.kind());
+                (how != Err(ErrorKind::WouldBlock)).then(|| {
+                    assert_eq!(how, Err(ErrorKind::ConnectionReset), "--handoff {handoff}, {to:?}");
+                })
+            });
+            assert_reset(&mut server);
+            let exit = stage.forwarder.finish();
+            // Three signals in a moment may kill the connector before it has told what it did.
+            assert_ne!(exit.code(), Some(0), "--handoff {handoff}, {to:?}: {exit:?}");
+        }
+    }
+}
+
+#[test]
+fn without_time_to_drain_in_it_ends_at_once_and_well() {
+    namespaces!(clients, targets);
+    let stage = Stage::new(clients, &targets, "socket", "0");
+    let (mut client, mut server) = stage.connection();
+    stage.signal(To::Listener);
+    // What is cut looks like it.
+    assert_reset(&mut client);
+    assert_reset(&mut server);
+    let exit = stage.forwarder.finish();
+    exit.assert_clean();
+    assert_eq!(exit.summary()["stopped"], 1, "{exit:?}");
+}
+
+#[test]
+fn clients_who_wait_to_be_accepted_are_served() {
+    const CLIENTS: usize = 100;
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets);
+        let stage = Stage::new(clients, &targets, handoff, LONG);
+        let processes = stage.forwarder.processes();
+        processes.iter().for_each(Process::stop);
+        let address: SocketAddr = stage.forwarder.address();
+        let waiting = stage.clients.enter(|| {
+            let mut clients: Vec<_> = (0..CLIENTS).map(|_| connect(address)).collect();
+            clients.iter_mut().for_each(|client| client.write_all(b"hello").unwrap());
+            clients
+        });
+        // The order to end is the first thing they hear.
+        stage.signal(To::Group);
+        processes.iter().for_each(|process| process.signal(Signal::SIGCONT));
+        let servers = (0..CLIENTS).map(|_| accept(&stage.server));
+        for mut server in servers {
+            let mut message = [0; 5];
+            server.read_exact(&mut message).unwrap();
+            server.write_all(&message).unwrap();
+        }
+        for mut client in waiting {
+            let mut message = Vec::new();
+            client.read_to_end(&mut message).unwrap();
+            assert_eq!(message, b"hello", "--handoff {handoff}");
+        }
+        let exit = stage.forwarder.finish();
+        exit.assert_clean();
+        assert_eq!(exit.summary()["completed"], CLIENTS, "--handoff {handoff}: {exit:?}");
+    }
+}
+
+#[test]
+fn the_connector_drains_without_its_listener() {
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets);
+        let stage = Stage::new(clients, &targets, handoff, LONG);
+        let mut connection = stage.connection();
+        let connector = stage.forwarder.connector();
+        stage.forwarder.listener.signal(Signal::SIGKILL);
+        stage.wait_until_closed();
+        ping(&mut connection);
+        assert!(connector.is_alive(), "--handoff {handoff}");
+        drop(connection);
+        // That the connector is gone is what `finish` checks.
+        let exit = stage.forwarder.finish();
+        assert_eq!(exit.stderr, "Error: the listener process died\n", "--handoff {handoff}");
+        assert_eq!(exit.summary()["completed"], 1, "--handoff {handoff}: {exit:?}");
+    }
+}
