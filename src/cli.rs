@@ -26,7 +26,7 @@ use crate::config::{
 use crate::error::{Error, Kind, Result};
 
 pub use help::{help, long_options, man, version};
-pub use values::{Backlog, CpuList, Microseconds, PipeSize, Seconds, Workers};
+pub use values::{Backlog, Connections, CpuList, Microseconds, PipeSize, Seconds, Workers};
 
 /// What a command line asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,6 +132,9 @@ pub struct Args {
     /// time to look for work before sleeping
     #[argh(option)]
     pub busy_poll: Option<Microseconds>,
+    /// connections at a time
+    #[argh(option)]
+    pub max_connections: Option<Connections>,
     /// connections that may wait
     #[argh(option)]
     pub backlog: Option<Backlog>,
@@ -209,6 +212,7 @@ impl Args {
                 keepalive: self.keepalive.unwrap_or_default(),
                 user_timeout_ms: self.user_timeout.map_or(0, |time| time.ms),
             },
+            max_connections: self.max_connections.map(|Connections(count)| count),
             drain_timeout_ms: self.drain_timeout.map_or(0, |time| time.ms),
             backlog: self.backlog.map_or(u32::MAX, |Backlog(count)| count),
             verbose: self.verbose,

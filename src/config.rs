@@ -43,6 +43,8 @@ pub struct Config {
     pub sockets: SocketOptions,
     /// Connections that may wait to be accepted; the system has a maximum of its own.
     pub backlog: u32,
+    /// Connections at a time; `None`: as many as there are descriptors for.
+    pub max_connections: Option<u32>,
     /// Time for connections to end by themselves once told to stop, in milliseconds.
     pub drain_timeout_ms: u32,
     /// Log the listening address and a line for each connection.

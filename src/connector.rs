@@ -2,6 +2,7 @@
 //! gives them what the listener hands over, and adds up what they did.
 
 use std::io::Write;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sched::{CpuSet, sched_getaffinity};
@@ -16,6 +17,7 @@ use crate::engine::{Setup, Start};
 use crate::error::{Error, Kind, Result};
 use crate::flow::End;
 use crate::handoff::Channel;
+use crate::limits::Limits;
 use crate::log::{Log, say};
 use crate::netns::{self, Follower};
 use crate::process::ConnectPart;
@@ -35,6 +37,8 @@ pub struct Part<'a> {
     pub config: &'a Config,
     /// The CPU of each worker.
     pub cpus: Vec<usize>,
+    /// What each may have.
+    pub limits: Limits,
     /// Where connections go to.
     pub connect: ConnectPart,
     /// There is one connection only.
@@ -87,19 +91,23 @@ pub fn run(part: Part) -> Result<u8> {
         clock: config.times.into(),
         target: target.map_or_else(|| "-C".to_owned(), |target| target.to_string()),
         single: part.single,
+        pipe_size_bytes: config.pipe_size_bytes,
+        max_connections: u32::MAX,
     };
     let setup = Setup {
         target,
         sockets: config.sockets,
         pipe_size_bytes: config.pipe_size_bytes,
+        pipes: part.limits.pipes,
         busy_poll_us: config.busy_poll_us,
     };
     let mut connected = connected;
     let mut handoff = part.handoff.into_iter();
-    let seeds = part.cpus.iter().map(|&cpu| Seed {
+    let shares = part.cpus.iter().zip(&part.limits.connections);
+    let seeds = shares.map(|(&cpu, &max_connections)| Seed {
         cpu: config.pin.then_some(cpu),
         setup: setup.clone(),
-        settings: settings.clone(),
+        settings: Settings { max_connections, ..settings.clone() },
         log: log.clone(),
         connected: connected.take(),
         handoff: handoff.next(),
@@ -116,17 +124,9 @@ pub fn run(part: Part) -> Result<u8> {
     let (stats, last_end) = crew.stop()?;
     let stopped: u64 = stats.iter().map(|stats| stats.stopped).sum();
     drop(log);
-    // All workers are gone, so the writer ends when it has written what it has; but a standard
-    // error that nobody reads must not keep the program from ending.
-    let deadline = Instant::now() + LAST_LINES;
-    while !log_writer.is_finished() && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_for_last_lines(&log_writer);
     if config.summary == Some(SummaryFormat::Json) {
-        let summary = Summary::new(engine, stats).to_json();
-        writeln!(std::io::stdout(), "{summary}").map_err(|error| {
-            Error::new(Kind::Socket, format!("--summary json: cannot write it: {error}"))
-        })?;
+        print_summary(&Summary::new(engine, stats))?;
     }
     served?;
     if stopped > 0 && !drain_timeout.is_zero() {
@@ -134,6 +134,21 @@ pub fn run(part: Part) -> Result<u8> {
     }
     let failed = !matches!(last_end, None | Some(End::Complete | End::Stopped));
     Ok(if part.single && failed { Kind::Connection.status() } else { 0 })
+}
+
+/// All workers are gone, so the writer ends when it has written what it has; but a standard error
+/// that nobody reads must not keep the program from ending.
+fn wait_for_last_lines(log_writer: &JoinHandle<()>) {
+    let deadline = Instant::now() + LAST_LINES;
+    while !log_writer.is_finished() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn print_summary(summary: &Summary) -> Result<()> {
+    writeln!(std::io::stdout(), "{}", summary.to_json()).map_err(|error| {
+        Error::new(Kind::Socket, format!("--summary json: cannot write it: {error}"))
+    })
 }
 
 /// Which engine all workers use. A ring that is not to be had for want of memory or descriptors is

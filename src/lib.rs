@@ -11,6 +11,7 @@ pub mod error;
 pub mod flow;
 pub mod handoff;
 pub mod inherited;
+pub mod limits;
 pub mod listener;
 pub mod log;
 pub mod netns;

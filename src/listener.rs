@@ -14,10 +14,12 @@ use nix::sys::socket::{
 };
 use nix::unistd::write;
 
-use self::outbox::{Outbox, accept_batch, give};
+pub use self::outbox::Outbox;
+use self::outbox::{accept_batch, give, have_room};
 use crate::config::{Config, Handoff};
 use crate::error::{Error, Kind, Result};
 use crate::handoff::{Channel, Message};
+use crate::limits::Limits;
 use crate::log;
 use crate::netns::{self, Follower};
 use crate::process::{ListenPart, Wake, wait_any};
@@ -48,13 +50,19 @@ pub struct Part<'a> {
     /// To the connector.
     pub control: &'a Channel,
     /// To each worker.
-    pub workers: Vec<Channel>,
+    pub outboxes: Vec<Outbox>,
     /// Connections each worker has ended.
     pub ended: SharedCounters,
     /// SIGINT and SIGTERM.
     pub signals: &'a SignalFd,
     /// Who is told the address once connections are accepted.
     pub ready: Option<OwnedFd>,
+}
+
+/// The way to each worker, if connections are handed over.
+pub fn outboxes(workers: Vec<Channel>, limits: &Limits) -> Vec<Outbox> {
+    let pairs = workers.into_iter().zip(&limits.connections);
+    pairs.map(|(channel, &limit)| Outbox::new(channel, limit)).collect()
 }
 
 /// Serves until told to stop, until another process has taken over and the last connection is
@@ -70,7 +78,7 @@ pub fn run(part: Part) -> Result<u8> {
         handoff: part.handoff,
         config: part.config,
         listener: None,
-        outboxes: part.workers.into_iter().map(Outbox::new).collect(),
+        outboxes: part.outboxes,
         ended: part.ended,
         follower: None,
         takeover: None,
@@ -274,14 +282,15 @@ impl Serving<'_> {
 
     fn serve(mut self) -> Result<u8> {
         let mut paused = false;
-        let mut failure = None;
+        let mut failures = log::Failures::default();
         loop {
             let blocked = self.flush();
-            let may_accept = !blocked && !paused;
+            let is_waiting = blocked || paused;
+            let may_accept = !is_waiting && have_room(&self.outboxes, &self.ended);
             let timeout =
-                if may_accept { Follower::timeout(&self.follower) } else { PAUSE_MS.into() };
+                if is_waiting { PAUSE_MS.into() } else { Follower::timeout(&self.follower) };
             match self.wait(may_accept, timeout)? {
-                Wake::Own => {}
+                Wake::Own => self.outboxes.iter().for_each(Outbox::hear),
                 Wake::Signal => return self.end(Ok(0)),
                 Wake::Control if self.is_told_to_end() => return self.end(Ok(0)),
                 Wake::Control => return Ok(0),
@@ -299,12 +308,10 @@ impl Serving<'_> {
             {
                 let result = accept_batch(listener, &mut self.outboxes, &self.ended);
                 paused = result.is_err();
-                if let Err(errno) = result
-                    && failure != Some(errno)
-                {
-                    log::say_now(&format!("cannot accept: {errno:?}: {}", errno.desc()));
+                if let Err(errno) = result {
+                    let text = || format!("cannot accept: {errno:?}: {}", errno.desc());
+                    failures.say("cannot accept", text);
                 }
-                failure = result.err();
             }
         }
     }
@@ -322,8 +329,9 @@ impl Serving<'_> {
 
     fn wait(&self, may_accept: bool, timeout: PollTimeout) -> Result<Wake> {
         let mut own: Vec<(&dyn AsFd, PollFlags)> = Vec::new();
-        for outbox in self.outboxes.iter().filter(|outbox| outbox.is_full) {
-            own.push((&outbox.channel, PollFlags::POLLOUT));
+        for outbox in &self.outboxes {
+            let room = if outbox.is_full { PollFlags::POLLOUT } else { PollFlags::empty() };
+            own.push((&outbox.channel, PollFlags::POLLIN | room));
         }
         if let Some(listener) = &self.listener
             && may_accept

@@ -60,31 +60,57 @@ impl Pipe {
     }
 }
 
-/// A worker's empty pipes.
+/// How many times a pipe is not even asked for after the system had none worth having: asking costs
+/// several calls, and whoever asks can copy.
+const DENIALS: u32 = 64;
+
+/// A worker's pipes: the empty ones, and how many there may be.
 #[derive(Debug)]
 pub struct PipePool {
     wanted_bytes: u32,
     empty: Vec<Pipe>,
+    /// Pipes that may still be made.
+    left: usize,
+    denials: u32,
 }
 
 impl PipePool {
-    /// A pool of pipes that are to have a capacity of `wanted_bytes`.
-    pub fn new(wanted_bytes: u32) -> Self {
-        Self { wanted_bytes, empty: Vec::with_capacity(POOL_MAX) }
+    /// A pool of up to `most` pipes that are to have a capacity of `wanted_bytes`.
+    pub fn new(wanted_bytes: u32, most: usize) -> Self {
+        Self { wanted_bytes, empty: Vec::with_capacity(POOL_MAX), left: most, denials: 0 }
     }
 
-    /// An empty pipe and its capacity in bytes; `None` when the system has none worth having.
+    /// An empty pipe and its capacity in bytes; `None` when there is none worth having.
     pub fn take(&mut self) -> Option<(Pipe, u32)> {
-        let pipe = self.empty.pop().or_else(|| Pipe::new(self.wanted_bytes).ok())?;
-        let capacity = pipe.capacity;
-        let worth_having = capacity >= MIN_CAPACITY_BYTES.min(self.wanted_bytes);
-        worth_having.then_some((pipe, capacity))
+        if let Some(pipe) = self.empty.pop() {
+            let capacity = pipe.capacity;
+            return Some((pipe, capacity));
+        }
+        if self.denials > 0 {
+            self.denials -= 1;
+            return None;
+        }
+        let worth_having = MIN_CAPACITY_BYTES.min(self.wanted_bytes);
+        let left = self.left.checked_sub(1)?;
+        match Pipe::new(self.wanted_bytes) {
+            Ok(pipe) if pipe.capacity >= worth_having => {
+                self.left = left;
+                let capacity = pipe.capacity;
+                Some((pipe, capacity))
+            }
+            _ => {
+                self.denials = DENIALS;
+                None
+            }
+        }
     }
 
     /// Keeps `pipe` if it is empty and there is room, closes it otherwise.
     pub fn give_back(&mut self, pipe: Pipe) {
         if pipe.content == 0 && self.empty.len() < POOL_MAX {
             self.empty.push(pipe);
+        } else {
+            self.left += 1;
         }
     }
 }
@@ -100,7 +126,7 @@ mod tests {
         let (mut peer, source) = UnixStream::pair().expect("socketpair");
         let (sink, mut out) = UnixStream::pair().expect("socketpair");
         peer.write_all(b"one flow's bytes").expect("write");
-        let mut pool = PipePool::new(64 << 10);
+        let mut pool = PipePool::new(64 << 10, 2);
 
         let (mut pipe, capacity) = pool.take().expect("a pipe");
         assert_eq!(capacity, 64 << 10);
@@ -117,5 +143,20 @@ mod tests {
         let mut got = [0; 9];
         out.read_exact(&mut got).expect("read");
         assert_eq!(&got, b"another's");
+    }
+
+    #[test]
+    fn there_are_no_more_than_there_may_be() {
+        let mut pool = PipePool::new(64 << 10, 2);
+        let (one, _) = pool.take().expect("a pipe");
+        let two = pool.take().expect("a second one");
+        assert!(pool.take().is_none());
+        pool.give_back(one);
+        let (mut one, _) = pool.take().expect("the first one again");
+        // One that holds bytes is closed, which makes room for another.
+        one.content = 1;
+        pool.give_back(one);
+        assert!(pool.take().is_some() && pool.take().is_none());
+        drop(two);
     }
 }

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -20,6 +19,7 @@ use crate::config::{Config, ConnectSide, Forward, Handoff, ListenSide, SocketOpt
 use crate::error::{Error, Kind, Result};
 use crate::handoff::{Channel, Message};
 use crate::inherited::{self, Inherited};
+use crate::limits::Limits;
 use crate::netns::{self, OpenNetns};
 use crate::sys::SharedCounters;
 use crate::{connector, listener, log};
@@ -78,7 +78,6 @@ pub fn run(config: &Config) -> Result<u8> {
              Operating in a usual boring TCP forwarder mode.",
         );
     }
-    raise_descriptor_limit();
     inherited::check_open(&config.named_fds())?;
     let mut inherited = Inherited::default();
     let signals = block_signals().map_err(|errno| {
@@ -94,6 +93,7 @@ pub fn run(config: &Config) -> Result<u8> {
     let cpus = connector::worker_cpus(config, forward.is_single())?;
     // One connection needs no batches, and no client but the first may be taken from the queue.
     let handoff = if forward.is_single() { Handoff::Socket } else { config.handoff };
+    let limits = Limits::of_process(cpus.len(), config.max_connections)?;
     let channels = open_channels(handoff, cpus.len()).map_err(|errno| {
         Error::system(Kind::Kernel, "cannot make socketpairs", errno, "RLIMIT_NOFILE is too low")
     })?;
@@ -106,6 +106,7 @@ pub fn run(config: &Config) -> Result<u8> {
             connector::run(connector::Part {
                 config,
                 cpus,
+                limits,
                 connect,
                 single: forward.is_single(),
                 control: to_listener,
@@ -122,7 +123,7 @@ pub fn run(config: &Config) -> Result<u8> {
                 handoff,
                 listen,
                 control: &to_connector,
-                workers: listener_ends,
+                outboxes: listener::outboxes(listener_ends, &limits),
                 ended: channels.ended,
                 signals: &signals,
                 ready,
@@ -134,17 +135,6 @@ pub fn run(config: &Config) -> Result<u8> {
             served.and(connector)
         }
         Err(errno) => Err(Error::system(Kind::Kernel, "cannot fork", errno, "")),
-    }
-}
-
-/// Two descriptors a connection add up: the soft limit is often 1024 for the sake of select(2),
-/// which is not used here.
-fn raise_descriptor_limit() {
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-    {
-        // Refused: the soft limit stays, and with it fewer connections.
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }
 
@@ -204,7 +194,8 @@ fn block_signals() -> std::result::Result<SignalFd, Errno> {
 }
 
 /// Waits for whichever comes first. A control channel that is known to be closed is left out.
-/// `own` is watched for the events given with it, at most until `timeout` (then [`Wake::Own`] is reported as well).
+/// `own` is watched for the events given with it, at most until `timeout` (then [`Wake::Own`] is
+/// reported as well).
 pub fn wait_any<'a>(
     control: impl Into<Option<&'a Channel>>,
     signals: &SignalFd,

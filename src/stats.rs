@@ -29,6 +29,12 @@ pub struct Stats {
     pub splice_operations: u64,
     /// Bytes that went through a pipe.
     pub spliced_bytes: u64,
+    /// Times a half that was to splice got no pipe and copied instead.
+    pub no_pipe: u64,
+    /// Times it got one smaller than wanted.
+    pub small_pipes: u64,
+    /// Times a half had to wait for a buffer.
+    pub no_buffer: u64,
     /// Failures by what failed and how (`connect ECONNREFUSED`).
     pub errors: BTreeMap<String, u64>,
 }
@@ -77,6 +83,9 @@ impl Stats {
         self.copy_operations += other.copy_operations;
         self.splice_operations += other.splice_operations;
         self.spliced_bytes += other.spliced_bytes;
+        self.no_pipe += other.no_pipe;
+        self.small_pipes += other.small_pipes;
+        self.no_buffer += other.no_buffer;
         for (name, count) in &other.errors {
             *self.errors.entry(name.clone()).or_default() += count;
         }

@@ -181,38 +181,50 @@ fn int_ioctl(socket: impl AsFd, request: libc::Ioctl) -> Result<i32, Errno> {
 
 /// A page of counters that the two processes share; made before the fork.
 ///
-/// A worker writes its own counter, the listener reads all: no one waits for anyone.
+/// A worker writes its own counter, the listener reads all: no one waits for anyone. The listener
+/// may ask to be told of the next change, by another way.
 #[derive(Clone, Debug)]
 pub struct SharedCounters {
     counters: &'static [AtomicU32],
+    asked: &'static [AtomicU32],
 }
 
 impl SharedCounters {
     /// `count` counters, all zero. Errors as mmap(2).
     pub fn new(count: usize) -> Result<Self, Errno> {
-        let bytes = NonZeroUsize::new(count * size_of::<AtomicU32>()).ok_or(Errno::EINVAL)?;
+        let all = 2 * count;
+        let bytes = NonZeroUsize::new(all * size_of::<AtomicU32>()).ok_or(Errno::EINVAL)?;
         // SAFETY: a new mapping of zeroes is a valid array of atomics; it is never unmapped, so
         // it outlives everything.
-        let counters = unsafe {
+        let page = unsafe {
             let page = mmap_anonymous(
                 None,
                 bytes,
                 ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
                 MapFlags::MAP_SHARED,
             )?;
-            std::slice::from_raw_parts(page.as_ptr().cast::<AtomicU32>(), count)
+            std::slice::from_raw_parts(page.as_ptr().cast::<AtomicU32>(), all)
         };
-        Ok(Self { counters })
+        let (counters, asked) = page.split_at(count);
+        Ok(Self { counters, asked })
     }
 
-    /// Adds `count` to counter `index` (wrapping).
-    pub fn add(&self, index: usize, count: u32) {
-        self.counters[index].fetch_add(count, Ordering::Relaxed);
+    /// Adds `count` to counter `index` (wrapping); true if that is to be told.
+    pub fn add(&self, index: usize, count: u32) -> bool {
+        self.counters[index].fetch_add(count, Ordering::SeqCst);
+        // The other side asks first and then reads: one of the two sees the other.
+        self.asked[index].load(Ordering::SeqCst) != 0
+            && self.asked[index].swap(0, Ordering::SeqCst) != 0
     }
 
     /// Reads counter `index`.
     pub fn get(&self, index: usize) -> u32 {
-        self.counters[index].load(Ordering::Relaxed)
+        self.counters[index].load(Ordering::SeqCst)
+    }
+
+    /// Asks to be told when counter `index` is changed after this.
+    pub fn ask(&self, index: usize) {
+        self.asked[index].store(1, Ordering::SeqCst);
     }
 }
 

@@ -37,6 +37,10 @@ pub struct Settings {
     pub target: String,
     /// Accept one connection only.
     pub single: bool,
+    /// Capacity wanted for pipes, in bytes.
+    pub pipe_size_bytes: u32,
+    /// Connections above which none is accepted.
+    pub max_connections: u32,
 }
 
 /// What a turn brought besides flows' business.
@@ -68,8 +72,6 @@ pub struct Worker<E: Engine> {
     /// [`Token::Accept`] is in flight: one at a time, so that siblings take turns.
     is_accepting: bool,
     accept_pause: Option<Instant>,
-    /// The failure that keeps the worker from accepting, which is logged once.
-    accept_failure: Option<Errno>,
     /// The socket given by `-C`, until the connection it is for is there.
     target: Option<E::Socket>,
     /// Nothing more comes; the flows there are end by themselves.
@@ -99,7 +101,6 @@ impl<E: Engine> Worker<E> {
             listener: None,
             is_accepting: false,
             accept_pause: None,
-            accept_failure: None,
             target,
             draining: false,
             stopping: false,
@@ -118,9 +119,11 @@ impl<E: Engine> Worker<E> {
             Some(target) => (Flow::connected(transfer, grace_ms), target),
             None => match self.engine.target_socket() {
                 Ok(socket) => (Flow::connecting(transfer, grace_ms), socket),
-                Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {
+                Err(errno @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)) => {
+                    let text = || format!("clients wait: {errno:?}: {}", errno.desc());
+                    self.log.failure("clients wait", text);
                     self.waiting.push_back(client);
-                    self.accept_pause = Some(Instant::now() + ACCEPT_PAUSE);
+                    self.pause();
                     return;
                 }
                 Err(errno) => return self.refuse(client, errno),
@@ -300,7 +303,8 @@ impl<E: Engine> Worker<E> {
                 Action::Start(op) => tenant.start(&mut self.engine, token(op), op),
                 Action::Cancel(op) => self.engine.cancel(token(op)),
                 Action::Ask(question) => {
-                    tenant.answer(&mut self.engine, question, &mut self.stats);
+                    let wanted = self.settings.pipe_size_bytes;
+                    tenant.answer(&mut self.engine, question, wanted, &mut self.stats);
                 }
                 Action::Release(half) => self.release(index, half),
                 Action::Shutdown(side) => self.engine.shutdown(&tenant.sockets[side.index()]),
@@ -343,6 +347,7 @@ impl<E: Engine> Worker<E> {
         }
         let bytes = Side::BOTH.map(|half| flow.delivered_bytes(half));
         self.ended(end, bytes, &client, record.map(|record| record.started));
+        self.accept_next();
     }
 
     /// Counts and logs a flow's end.
@@ -359,7 +364,8 @@ impl<E: Engine> Worker<E> {
                  {seconds:.3} s: {how}"
             ));
         } else if matches!(end, End::ConnectFailed(_)) {
-            self.log.line(&format!("{client} -> {target}: {}", describe(end)));
+            let text = || format!("{client} -> {target}: {}", describe(end));
+            self.log.failure("cannot connect", text);
         }
     }
 }

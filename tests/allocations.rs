@@ -88,6 +88,7 @@ impl Observed {
                 target: Some(target),
                 sockets: SocketOptions::default(),
                 pipe_size_bytes: 1 << 20,
+                pipes: 64,
                 busy_poll_us: 0,
             })
             .unwrap();
@@ -97,6 +98,8 @@ impl Observed {
                 clock: Clock::default(),
                 target: target.to_string(),
                 single: false,
+                pipe_size_bytes: 1 << 20,
+                max_connections: u32::MAX,
             };
             let (log, _) = Log::start(false).unwrap();
             let mut worker = Worker::new(engine, settings, log, None);

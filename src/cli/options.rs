@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::values::{Backlog, CpuList, Microseconds, PipeSize, Seconds, Workers};
+use super::values::{Backlog, Connections, CpuList, Microseconds, PipeSize, Seconds, Workers};
 use crate::config::{Engine, Handoff, Keepalive, NetnsGone, NetnsSource, SummaryFormat, Transfer};
 
 /// Options that belong together, under one heading.
@@ -232,6 +232,13 @@ const FORWARDING: &[Opt] = &[
 const LIMITS: &[Opt] = &[
     Opt {
         short: None,
+        long: "--max-connections",
+        value: Some(CONNECTIONS),
+        help: "Connections at a time; further clients wait in the backlog",
+        default: Some("as descriptors allow"),
+    },
+    Opt {
+        short: None,
         long: "--backlog",
         value: Some(BACKLOG),
         help: "Connections that may wait to be accepted",
@@ -350,6 +357,8 @@ const MICROSECONDS: Value = Value {
     form: "a number of microseconds up to 1000000",
     check: check::<Microseconds>,
 };
+const CONNECTIONS: Value =
+    Value { name: "CONNECTIONS", form: "a number from 1 to 10000000", check: check::<Connections> };
 const BACKLOG: Value =
     Value { name: "CLIENTS", form: "a number from 1 to 2147483647", check: check::<Backlog> };
 const KEEPALIVE: Value = Value {

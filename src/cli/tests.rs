@@ -182,6 +182,7 @@ fn two_addresses_are_enough() {
             times: Times::default(),
             sockets: SocketOptions::default(),
             backlog: u32::MAX,
+            max_connections: None,
             drain_timeout_ms: 0,
             verbose: false,
             ready_fd: None,
@@ -194,7 +195,7 @@ fn two_addresses_are_enough() {
 fn every_option_reaches_the_configuration() {
     let typed = "-l 127.0.0.1:1 -c 127.0.0.1:2 -f blue -t pid:7 --handoff connections \
                  --transfer copy --workers 3 --cpus 2,0-1 --no-pin --pipe-size 64K \
-                 --busy-poll 50 --backlog 7 --connect-timeout 1 \
+                 --busy-poll 50 --max-connections 100 --backlog 7 --connect-timeout 1 \
                  --idle-timeout 60 --half-close-timeout 2 --reset-timeout 1.5 --drain-timeout 3 \
                  --keepalive 60,10,6 --user-timeout 30 -v --ready-fd 9 --summary json \
                  --engine epoll --wait-netns 2.5 --netns-gone exit --takeover /run/x";
@@ -230,6 +231,7 @@ fn every_option_reaches_the_configuration() {
                 user_timeout_ms: 30_000,
             },
             backlog: 7,
+            max_connections: Some(100),
             drain_timeout_ms: 3000,
             verbose: true,
             ready_fd: Some(9),

@@ -17,6 +17,8 @@ const CPU_LIMIT: usize = 1024;
 /// From one page, the least a pipe holds, to 1 GiB, far above any `fs.pipe-max-size`.
 const PIPE_SIZE_BYTES: RangeInclusive<u64> = 4096..=1 << 30;
 
+/// More than any machine holds: two descriptors and some kilobytes of kernel memory each.
+const CONNECTIONS: RangeInclusive<u32> = 1..=10_000_000;
 /// listen(2) takes an `int`.
 const BACKLOG: RangeInclusive<u32> = 1..=i32::MAX as u32;
 /// tcp(7), MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL.
@@ -44,6 +46,10 @@ pub struct Seconds {
     /// In milliseconds.
     pub ms: u32,
 }
+
+/// Number of connections, 1 to 10,000,000.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connections(pub u32);
 
 /// Length of a queue, 1 to what listen(2) can be told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,6 +131,14 @@ impl FromStr for Seconds {
             return Err("out of range".into());
         }
         Ok(Self { ms: (seconds * 1000.0).round() as u32 })
+    }
+}
+
+impl FromStr for Connections {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        ranged(text, CONNECTIONS).map(Self)
     }
 }
 
@@ -315,7 +329,12 @@ mod tests {
     }
 
     #[test]
-    fn a_backlog_is_what_listen_takes() {
+    fn connections_and_backlog_have_limits() {
+        assert_eq!("1".parse().map(|Connections(count)| count), Ok(1));
+        assert_eq!("10000000".parse().map(|Connections(count)| count), Ok(10_000_000));
+        for text in ["0", "-1", "", "10000001"] {
+            assert!(text.parse::<Connections>().is_err(), "{text:?}");
+        }
         assert_eq!("2147483647".parse().map(|Backlog(count)| count), Ok(2_147_483_647));
         assert!("0".parse::<Backlog>().is_err() && "2147483648".parse::<Backlog>().is_err());
     }

@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use super::{Command, Ended, Report, Reporter, Seed};
 use crate::engine::{Start, Token};
 use crate::error::{Error, Kind, Result};
-use crate::handoff::Channel;
+use crate::handoff::{Channel, Message};
 use crate::log::Log;
 use crate::netns;
 use crate::pace::Pace;
@@ -25,6 +25,8 @@ pub(super) struct Thread<E: Start> {
     orders: Receiver<Command>,
     woken: OwnedFd,
     handoff: Option<Channel>,
+    /// There was no room for connections that are in the channel.
+    must_look_again: bool,
     ended: SharedCounters,
     /// Connections counted in `ended` so far.
     ended_count: u64,
@@ -54,6 +56,7 @@ impl<E: Start> Thread<E> {
             orders,
             woken,
             handoff: seed.handoff,
+            must_look_again: false,
             ended: seed.ended,
             ended_count: 0,
             pace: Pace::default(),
@@ -70,7 +73,7 @@ impl<E: Start> Thread<E> {
             if woken.command {
                 self.obey(reporter);
             }
-            if woken.handoff {
+            if woken.handoff || (self.must_look_again && !self.worker.is_paused()) {
                 self.take_over();
             }
             self.publish();
@@ -109,17 +112,24 @@ impl<E: Start> Thread<E> {
     /// Takes over the connections the listener has accepted for this worker.
     fn take_over(&mut self) {
         let Some(channel) = &self.handoff else { return };
+        self.must_look_again = false;
         loop {
             match channel.receive() {
                 Ok(Some(received)) => {
-                    if received.truncated {
-                        self.log.line("connections lost: RLIMIT_NOFILE is too low to take them");
-                    }
                     for client in received.sockets {
                         self.worker.add(client);
                     }
                 }
                 Err(Errno::EAGAIN) => break,
+                // They stay where they are until there is room.
+                Err(Errno::EMFILE) => {
+                    let text = || "cannot take connections: EMFILE: Too many open files".to_owned();
+                    self.log.failure("cannot take connections", text);
+                    self.must_look_again = true;
+                    return self.worker.pause();
+                }
+                // The listener has ended without hearing all; what it has sent is there.
+                Err(Errno::ECONNRESET) => {}
                 // The listener has no more; or it is gone, which ends the worker by another way.
                 Ok(None) | Err(_) => {
                     self.handoff = None;
@@ -135,8 +145,12 @@ impl<E: Start> Thread<E> {
         let stats = self.worker.stats();
         let count = stats.completed + stats.failed + stats.stopped;
         if count > self.ended_count {
-            self.ended.add(self.index, (count - self.ended_count) as u32);
+            let is_waited_for = self.ended.add(self.index, (count - self.ended_count) as u32);
             self.ended_count = count;
+            if let Some(channel) = self.handoff.as_ref().filter(|_| is_waited_for) {
+                // A channel that takes nothing is full of them already.
+                let _ = channel.send(Message::Room, &[]);
+            }
         }
     }
 }

@@ -183,7 +183,7 @@ impl Start for Epoll {
             listening: None,
             inbox: VecDeque::with_capacity(2 * EVENTS),
             buffers: Buffers::default(),
-            pipes: PipePool::new(setup.pipe_size_bytes),
+            pipes: PipePool::new(setup.pipe_size_bytes, setup.pipes),
             target: setup.target.map(SockaddrStorage::from),
             sockets: setup.sockets,
             busy_poll: Duration::from_micros(setup.busy_poll_us.into()),

@@ -269,6 +269,8 @@ pub struct Setup {
     pub sockets: SocketOptions,
     /// Capacity wanted for pipes.
     pub pipe_size_bytes: u32,
+    /// Most pipes at a time.
+    pub pipes: usize,
     /// How long to look for work before sleeping, in microseconds.
     pub busy_poll_us: u32,
 }

@@ -63,10 +63,11 @@ impl Uring {
         // engine, the target's address is boxed, and a flow closes a socket or gives a buffer
         // back only after the request that uses it has completed (`Flow::in_flight`).
         while unsafe { self.ring.submission().push_multiple(entries) }.is_err() {
-            if self.ring.submit().is_err() {
-                // EBUSY: the kernel wants its completions read first; others pass by themselves.
-                self.inbox.extend(self.ring.completion());
-            }
+            // A failure passes by itself, once the kernel's completions are read.
+            let _ = self.ring.submit();
+            // What completes while it is submitted is less than there is room for: nothing in the
+            // ring overflows, however much is submitted in a turn.
+            self.inbox.extend(self.ring.completion());
         }
     }
 
@@ -176,7 +177,7 @@ impl Start for Uring {
         Ok(Self {
             ring,
             buffers,
-            pipes: PipePool::new(setup.pipe_size_bytes),
+            pipes: PipePool::new(setup.pipe_size_bytes, setup.pipes),
             target: setup.target.map(|target| Box::new(target.into())),
             sockets: setup.sockets,
             inbox: VecDeque::with_capacity(CQ_ENTRIES as usize),

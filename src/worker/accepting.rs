@@ -35,8 +35,19 @@ impl<E: Engine> Worker<E> {
         self.accept_next();
     }
 
-    fn accept_next(&mut self) {
-        if self.accept_pause.is_some() {
+    /// Whether the system has run out of something, for a moment.
+    pub fn is_paused(&self) -> bool {
+        self.accept_pause.is_some()
+    }
+
+    /// Takes no more connections for a moment: the system has run out of something.
+    pub fn pause(&mut self) {
+        self.accept_pause = Some(Instant::now() + ACCEPT_PAUSE);
+    }
+
+    pub(super) fn accept_next(&mut self) {
+        let has_room = self.live() + self.waiting.len() < self.settings.max_connections as usize;
+        if self.is_paused() || !has_room {
             return;
         }
         let Some(listener) = &self.listener else { return };
@@ -58,7 +69,6 @@ impl<E: Engine> Worker<E> {
         self.is_accepting = false;
         match result {
             Ok(client) => {
-                self.accept_failure = None;
                 if self.settings.single {
                     self.stop_accepting();
                 }
@@ -67,10 +77,9 @@ impl<E: Engine> Worker<E> {
             Err(Errno::ECANCELED | Errno::ECONNABORTED | Errno::EINTR) => {}
             Err(errno) => {
                 self.stats.count_error(&format!("accept {errno:?}"));
-                if self.accept_failure.replace(errno) != Some(errno) {
-                    self.log.line(&format!("cannot accept: {errno:?}: {}", errno.desc()));
-                }
-                self.accept_pause = Some(Instant::now() + ACCEPT_PAUSE);
+                let text = || format!("cannot accept: {errno:?}: {}", errno.desc());
+                self.log.failure("cannot accept", text);
+                self.pause();
             }
         }
         self.accept_next();

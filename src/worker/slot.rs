@@ -67,6 +67,7 @@ impl<E: Engine> Tenant<E> {
                     len
                 });
                 stats.copy_operations += u64::from(result.is_ok_and(|len| len > 0));
+                stats.no_buffer += u64::from(result == Err(Errno::ENOBUFS));
                 Event::Received { half, result, more }
             }
             (Op::Send(half), Outcome::Sent(result)) => {
@@ -86,9 +87,20 @@ impl<E: Engine> Tenant<E> {
     }
 
     /// Does at once what the flow asks, and tells it what came of it.
-    pub(super) fn answer(&mut self, engine: &mut E, question: Question, stats: &mut Stats) {
+    /// `wanted_bytes`: the capacity a pipe is to have.
+    pub(super) fn answer(
+        &mut self,
+        engine: &mut E,
+        question: Question,
+        wanted_bytes: u32,
+        stats: &mut Stats,
+    ) {
         let event = self.ask(engine, question);
         match event {
+            Event::Pipe { capacity: None, .. } => stats.no_pipe += 1,
+            Event::Pipe { capacity: Some(capacity), .. } => {
+                stats.small_pipes += u64::from(capacity < wanted_bytes);
+            }
             Event::Fill { result: Ok(1..), .. } => stats.splice_operations += 1,
             Event::Drain { result: Ok(len @ 1..), .. } => {
                 stats.splice_operations += 1;

@@ -29,10 +29,17 @@ fn send(channel: &OwnedFd, fds: &[RawFd]) -> Result<(), Errno> {
 
 /// What arrived: bytes, descriptors, flags.
 fn receive(channel: &OwnedFd) -> Result<(usize, Vec<OwnedFd>, MsgFlags), Errno> {
+    receive_with(channel, MsgFlags::empty())
+}
+
+fn receive_with(
+    channel: &OwnedFd,
+    flags: MsgFlags,
+) -> Result<(usize, Vec<OwnedFd>, MsgFlags), Errno> {
     let mut byte = [0];
     let mut control = nix::cmsg_space!([RawFd; MAX]);
     let mut iov = [IoSliceMut::new(&mut byte)];
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let flags = flags | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
     let received = recvmsg::<()>(channel.as_raw_fd(), &mut iov, Some(&mut control), flags)?;
     let (bytes, flags) = (received.bytes, received.flags);
     Ok((bytes, descriptors(&control), flags))
@@ -120,6 +127,31 @@ fn a_channel_that_is_full_says_later() {
     while receive(&there).is_ok() {}
     wait_for(&here, PollFlags::POLLOUT);
     assert_eq!(send(&here, &[]), Ok(()));
+}
+
+#[test]
+fn what_an_end_has_sent_is_there_after_the_reset_by_its_death() {
+    let (here, there) = channel();
+    let (read, _write) = pipe();
+    send(&there, &[]).unwrap();
+    send(&here, &[read.as_raw_fd()]).unwrap();
+    drop(here);
+    let told = receive(&there).map(|(bytes, ..)| bytes);
+    assert_eq!(told, Err(Errno::ECONNRESET), "Thread::take_over need not go on after it");
+    let (bytes, fds, _) = receive(&there).unwrap();
+    assert_eq!((bytes, fds.len()), (1, 1), "connections on their way are lost");
+    assert_eq!(receive(&there).unwrap().0, 0, "Thread::take_over never ends");
+}
+
+#[test]
+fn a_message_that_is_looked_at_gives_its_descriptors_and_is_still_there() {
+    let (here, there) = channel();
+    let (read, _write) = pipe();
+    send(&here, &[read.as_raw_fd(); 3]).unwrap();
+    let (bytes, seen, _) = receive_with(&there, MsgFlags::MSG_PEEK).unwrap();
+    assert_eq!((bytes, seen.len()), (1, 3), "Channel::receive gets no sockets");
+    let (bytes, fds, _) = receive(&there).unwrap();
+    assert_eq!((bytes, fds.len()), (1, 3), "Channel::receive loses what it had no room for");
 }
 
 /// As many as there is room for arrive, and are the receiver's to close.

@@ -203,7 +203,7 @@ impl World {
         }
     }
 
-    fn is_closing(&self, socket: usize) -> bool {
+    pub fn is_closing(&self, socket: usize) -> bool {
         let closes = |entered: &Entered| matches!(entered, Entered::Close(id) if *id == socket);
         self.sockets[socket].status == Status::Closed || self.entered.iter().any(closes)
     }

@@ -102,6 +102,10 @@ impl Engine for FakeEngine {
     type Pipe = FakePipe;
 
     fn accept(&mut self, token: Token, listener: &FakeSocket) {
+        let world = self.world();
+        let (served, most) = (world.served(), world.plan.max_connections);
+        drop(world);
+        assert!(served < most as usize, "accepts beyond {most} connections");
         self.begin(token, listener.id, Kind::Accept);
     }
 

@@ -24,6 +24,8 @@ pub struct Plan {
     pub target_given: bool,
     pub connections: Vec<Connection>,
     pub buffers: u16,
+    /// Connections above which the worker accepts none.
+    pub max_connections: u32,
     /// The longest times of a flow, in ticks.
     pub limits: Limits,
     /// Chance in percent that a tick passes in a turn.
@@ -166,6 +168,7 @@ impl Plan {
             target_given: single && rng.percent(40),
             connections,
             buffers: if rng.percent(30) { rng.range(1, 4) as u16 } else { 64 },
+            max_connections: if rng.percent(10) { rng.range(1, 3) as u32 } else { u32::MAX },
             limits: limits(rng, is_limited),
             tick: if is_limited { rng.range(1, 60) as u32 } else { 0 },
             pipes: if rng.percent(20) { rng.range(0, 2) as usize } else { 64 },

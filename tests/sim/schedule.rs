@@ -70,6 +70,8 @@ impl Schedule {
             clock: Clock { tick_ms: 0, limits: plan.limits },
             target: "192.0.2.1:80".to_owned(),
             single: plan.single,
+            pipe_size_bytes: 0,
+            max_connections: plan.max_connections,
         };
         let target = plan.target_given.then(|| {
             world.borrow_mut().connect(0);
