@@ -11,7 +11,7 @@ import sys
 import time
 
 from . import wire
-from .wire import DOWN, UP, Ended, Header, Peer, Stream
+from .wire import Ended, Header, Peer
 
 LARGEST_BYTES = 20_000_000
 # Slow readers are to fill all there is between them and the sender: two sockets, and a pipe.
@@ -70,21 +70,22 @@ class Clients:
         number = self.rank << 40 | self.count
         self.count += 1
         began = time.monotonic()
-        outcome, detail, peer = "complete", "", None
-        try:
-            peer = await Peer.connect(self.address)
-            peer.chunk = wire.chunk_of(number)
-            peer.up, peer.down = (Stream(self.block, number, way) for way in (UP, DOWN))
+
+        async def all_of_it(peer):
+            peer.name(number, self.block)
             targets_plan = reset_at if plan == "target" else 0
             header = Header(wire.MAGIC, number, mode, up, down, targets_plan, pause_ms)
             await peer.send_all(wire.HEADER.pack(*header))
             peer.reset_at = reset_at if plan == "client" else None
             await work(peer)
+
+        counts = (0,) * 4
+        try:
+            peer = await Peer.connect(self.address)
+            outcome, detail = await peer.end(all_of_it(peer))
+            counts = (peer.sent, peer.received, peer.exchanges, peer.waited_s)
         except Ended as ended:
             outcome, detail = ended.outcome, ended.detail
-        if peer:
-            peer.close(outcome != "complete")
-        counts = (peer.sent, peer.received, peer.exchanges, peer.waited_s) if peer else (0,) * 4
         record = [number, kind, plan, outcome, *counts, began, time.monotonic(), detail]
         self.records.write(json.dumps(record) + "\n")
 
@@ -174,7 +175,8 @@ class Clients:
     async def idle(self, _amount, index, rng):
         async def work(peer):
             ends = time.monotonic() + rng.uniform(30, 300)
-            await self.ask(peer, 64, 64)
+            # Large at first: nothing that this takes may be kept while it is idle.
+            await self.ask(peer, size(rng, 64, 100_000), size(rng, 64, 100_000))
             self.held += 1
             try:
                 while not self.stop.is_set():

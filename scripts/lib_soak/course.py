@@ -1,6 +1,7 @@
 """The course of a run: warm-up, baseline, load with faults, rest, and what is left of it."""
 
 import contextlib
+import copy
 import datetime
 import json
 import os
@@ -66,6 +67,7 @@ class Soak:
         self.clients, self.connections, self.ranks = [], 0, 0
         self.workers = len(os.sched_getaffinity(0))
         self.peak = {"connections": 0, "memory_bytes": {"listener": 0, "connector": 0}}
+        self.held_up_s = 0.0  # longest time that a sleep here took longer than it should
         self.figures = {}
 
     def run(self):
@@ -126,11 +128,14 @@ class Soak:
         """Lets time pass, and looks."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
+            slept_s = time.monotonic()
             time.sleep(min(left, TICK_S))
+            slept_s = time.monotonic() - slept_s
+            self.held_up_s = max(self.held_up_s, slept_s - min(left, TICK_S))
             self.tick()
 
     def serve(self):
-        idle = self.forwarder.footprint()
+        self.idle = self.forwarder.footprint()
         self.start_clients("warm-up")
         self.wait(WARM_UP_S)
         # Afterwards all are served at once, which takes as many buffers as it ever does.
@@ -138,7 +143,7 @@ class Soak:
         self.wait(1)
         self.stop_clients()
         warm_peak = self.peak["connections"]
-        before = self.figures["before"] = self.at_rest(idle)
+        before = self.figures["before"] = self.at_rest(self.idle)
         cpu_s, machine_s = self.forwarder.cpu(), programs.machine_seconds()[0]
         began = time.monotonic()
         self.start_clients("load")
@@ -168,6 +173,7 @@ class Soak:
     def stop_clients(self):
         """Ends the load, but for the idle connections, which cost nothing; then those."""
         held = sum(answer["held"] for answer in self.tell_clients("quiet"))
+        self.at_rest(self.idle, held)
         cpu_s = self.forwarder.cpu()
         self.wait(REST_S)
         share = self.figures["cpu_at_rest"] = (self.forwarder.cpu() - cpu_s) / REST_S
@@ -188,8 +194,10 @@ class Soak:
             for child in self.clients
         ]
 
-    def at_rest(self, reference):
-        """The footprint when all that connections need is given back."""
+    def at_rest(self, before, held=0):
+        """The footprint when nothing is left of connections but two sockets for each one held."""
+        reference = copy.deepcopy(before)
+        reference["connector"]["fds"]["socket"] += 2 * held
         deadline = time.monotonic() + BASELINE_S
         while True:
             now = self.tick()
@@ -229,6 +237,7 @@ class Soak:
             "loads": {kind: row.row() for kind, row in self.ledger.kinds.items()},
             "faults": [fault.row() for fault in self.faults.done],
             "peak": self.peak,
+            "held_up_s": self.held_up_s,
             "figures": self.figures,
             "failures": self.failures,
             "failed_connections": self.ledger.failures[:FAILURES_KEPT],

@@ -136,6 +136,8 @@ class Ledger:
             return f"{client.plan}: {by.outcome if by else 'knows nothing of it'}, not closed"
         if other and other.outcome not in ("reset", "complete"):
             return f"the other end of a reset: {other.outcome}"
+        if other and wire.resets_late(client.number) and other.received != by.sent:
+            return "not all arrived that was sent before a reset"
         return None
 
     def excuse(self, client, served):

@@ -34,8 +34,9 @@ All of this goes on at the same time, in two processes of clients and one of tar
 - **bulk**: streams of random sizes in both directions, or in one; both at once, or the second
   after the end of the first, through a half-closed connection;
 - **slow**: the same, large, with one end or both that stop reading for up to four seconds;
-- **reset**: either end resets (SO_LINGER 0) anywhere in the streams. The other end has to see the
-  reset, unless it has had everything before; what arrived must be what was sent first;
+- **reset**: either end resets (SO_LINGER 0) anywhere in the streams, at once or when all it has
+  sent is acknowledged. The other end has to see the reset, unless it has had everything before;
+  what arrived must be what was sent first, and all of it if it was acknowledged;
 - **messages**: questions and answers of 1 B to 200 KB on connections that last up to a minute;
 - **storm**: bursts of connections, one exchange each;
 - **idle**: a thousand connections that are held throughout, each used now and then.
@@ -60,9 +61,9 @@ not accepted: the client must see a reset, before any byte, and the target know 
 | namespace replaced | the mounted name of the connect side's namespace is deleted, and made anew \
 later for another namespace (`--netns-gone reopen`) | nothing: connections in the old one go on |
 
-At the end the idle connections alone are left for a second, in which the forwarder must be at rest
-(at most {rest_cpu:.0%} of a CPU). Then all connections end, and it must have given back what they
-took:
+At the end the idle connections alone are left for a second. They must have two descriptors each and
+nothing else, and the forwarder must be at rest (at most {rest_cpu:.0%} of a CPU). Then all
+connections end, and it must have given back what they took:
 
 - descriptors of each kind, and threads, are as they were after the warm-up: a few seconds of the
   same load, with one stop of the connector. Pipes that are kept for reuse may be added, {pipes} in
@@ -122,7 +123,10 @@ def sentence(document):
             f"{figures['machine_s']:.1f} s; with the idle connections alone the forwarder took "
             f"{figures['cpu_at_rest']:.2%} of a CPU"
         )
-    return text + ". Most connections at a time: " + f"{document['peak']['connections']:,}."
+    return text + (
+        f". Most connections at a time: {document['peak']['connections']:,}. The machine held a "
+        f"sleeping program up by {document['held_up_s']:.2f} s at most."
+    )
 
 
 def loads(document):

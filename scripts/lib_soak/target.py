@@ -13,7 +13,7 @@ import time
 from lib_compare.netns import Netns
 
 from . import wire
-from .wire import DOWN, UP, Ended, Header, Peer, Stream
+from .wire import Ended, Header, Peer
 
 FINISH_S = 60
 
@@ -68,46 +68,34 @@ class Target:
             pass
 
     async def connection(self, peer):
-        number, outcome, detail = None, "complete", ""
         began = time.monotonic()
-        try:
-            header = await self.header(peer)
-            number = header.number
-            await self.work(peer, header)
-        except Ended as ended:
-            outcome, detail = ended.outcome, ended.detail
-        peer.close(outcome != "complete")
-        record = [number, outcome, peer.sent, peer.received, began, time.monotonic(),
+        outcome, detail = await peer.end(self.work(peer))
+        record = [peer.number, outcome, peer.sent, peer.received, began, time.monotonic(),
                   peer.waited_s, detail]
         self.records.write(json.dumps(record) + "\n")
 
-    async def header(self, peer):
+    async def work(self, peer):
         data = await peer.receive_exactly(wire.HEADER.size)
         if len(data) < wire.HEADER.size:
             raise Ended("early", f"{len(data)} bytes of a header")
         header = Header(*wire.HEADER.unpack(data))
         if header.magic != wire.MAGIC:
             raise Ended("wrong", f"no header: {data.hex()}")
-        return header
-
-    async def work(self, peer, header):
-        up = Stream(self.block, header.number, UP)
-        down = Stream(self.block, header.number, DOWN)
-        peer.chunk = wire.chunk_of(header.number)
+        peer.name(header.number, self.block)
         if header.mode == wire.ASK:
-            return await self.answer(peer, up, down)
+            return await self.answer(peer)
         peer.reset_at = header.reset_at or None
-        await wire.pump(peer, down, header.down, up, header.up, header.mode == wire.UP_FIRST,
-                        header.pause_ms / 1000)
+        await wire.pump(peer, peer.down, header.down, peer.up, header.up,
+                        header.mode == wire.UP_FIRST, header.pause_ms / 1000)
 
-    async def answer(self, peer, up, down):
+    async def answer(self, peer):
         peer.silence_s = wire.QUESTION_S
         while question := await peer.receive_exactly(wire.QUESTION.size):
             if len(question) < wire.QUESTION.size:
                 raise Ended("early", "in a question")
             asked, answered = wire.QUESTION.unpack(question)
-            await peer.receive_stream(up, asked)
-            await peer.send_stream(down, answered)
+            await peer.receive_stream(peer.up, asked)
+            await peer.send_stream(peer.down, answered)
         peer.shutdown()
 
 

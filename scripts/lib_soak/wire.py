@@ -8,9 +8,11 @@ byte is the first wrong one; a hash would tell at the end only, and nothing of w
 import asyncio
 import collections
 import errno
+import fcntl
 import random
 import socket
 import struct
+import termios
 import time
 
 # A prime: bytes that are left out or doubled are noticed, unless they are so many.
@@ -21,6 +23,8 @@ CHUNK_BYTES = 256 << 10
 SILENCE_S = 30
 # And this is how long a target waits for the next question.
 QUESTION_S = 300
+
+TCP_CLOSE = 7  # of the states of TCP_INFO
 
 UP, DOWN = 0, 1  # from the client to the target, and back
 
@@ -55,6 +59,11 @@ def block_of(seed):
 def chunk_of(number):
     """How much a connection's ends hand to the kernel at once: 4 KiB to 256 KiB."""
     return CHUNK_BYTES >> number % 7
+
+
+def resets_late(number):
+    """Whether an end resets when all it has sent is acknowledged: then all of it must arrive."""
+    return number % 2 == 0
 
 
 class Stream:
@@ -95,11 +104,17 @@ class Peer:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock, self.fd = sock, sock.fileno()
+        self.number = None  # the connection's, as soon as it is known
         self.sent = self.received = self.exchanges = 0
         self.reset_at = None  # bytes sent and received after which this side resets
         self.chunk, self.silence_s = CHUNK_BYTES, SILENCE_S
         self.was_reset = False  # the kernel says so once; both directions must know
         self.waited_s = 0.0  # longest time without progress
+
+    def name(self, number, block):
+        """It is this connection's: its streams follow."""
+        self.number, self.chunk = number, chunk_of(number)
+        self.up, self.down = (Stream(block, number, direction) for direction in (UP, DOWN))
 
     @classmethod
     async def connect(cls, address):
@@ -213,10 +228,32 @@ class Peer:
         if await self.receive():
             raise Ended("wrong", "bytes after the last answer")
 
-    def close(self, reset):
-        if reset:
+    async def acknowledged(self):
+        """Waits until the other side's kernel has all that was sent."""
+        deadline = time.monotonic() + SILENCE_S
+        while struct.unpack("i", fcntl.ioctl(self.fd, termios.TIOCOUTQ, bytes(4)))[0]:
+            if self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE:
+                raise Ended("reset", "before all was acknowledged")
+            if time.monotonic() > deadline:
+                raise Ended("silent", f"{self.sent} sent, not all acknowledged")
+            await asyncio.sleep(0.001)
+
+    async def end(self, work):
+        """Does `work`, and closes; returns how it ended, and what there is to say about it."""
+        outcome, detail = "complete", ""
+        try:
+            try:
+                await work
+            except Ended as ended:
+                if ended.outcome == "closed" and self.number and resets_late(self.number):
+                    await self.acknowledged()
+                raise
+        except Ended as ended:
+            outcome, detail = ended.outcome, ended.detail
+        if outcome != "complete":
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
+        return outcome, detail
 
 
 async def pump(peer, out, out_bytes, into, into_bytes, receives_first=False, pause_s=0.0):
