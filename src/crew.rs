@@ -95,6 +95,8 @@ pub struct Crew {
     attention: Arc<EventFd>,
     accepting: usize,
     ended: Vec<Ended>,
+    /// There is one connection only.
+    single: bool,
     /// What the workers accept from.
     listener: Option<OwnedFd>,
     /// Those who waited at one when it was to be closed.
@@ -118,6 +120,7 @@ impl Crew {
             attention,
             accepting: 0,
             ended: Vec::new(),
+            single: seeds.iter().any(|seed| seed.settings.single),
             listener: None,
             queue: None,
             is_draining: false,
@@ -163,7 +166,9 @@ impl Crew {
             })?;
             worker.tell(Command::Listen(copy));
         }
-        let before = self.listener.replace(listener);
+        // A single connection's socket is closed with the first client: no copy may keep it open.
+        let before = self.listener.take();
+        self.listener = (!self.single).then_some(listener);
         self.close(before);
         Ok(())
     }

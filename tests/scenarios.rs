@@ -15,7 +15,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use scenarios::{Stage, Way, connection_in};
 use support::streams::{accept, bounded, connect, read_to_end, receive, send};
-use support::{Launch, PATIENCE, Program, TempDir, namespaces, skip};
+use support::{Launch, PATIENCE, Program, TempDir, eventually, namespaces, skip};
 
 const NSPLICE: Way = Way::Through(Program::Nsplice);
 const REFERENCE: Way = Way::Through(Program::Reference);
@@ -156,7 +156,10 @@ fn a_listener_with_an_inherited_target_forwards_one_connection() {
     let forwarder = launch.start();
     drop(connected);
     let address = forwarder.address();
-    talk(clients.enter(|| connect(address)), server, end_tcp);
+    let client = clients.enter(|| connect(address));
+    let is_closed = || (!clients.listens(address.port())).then_some(());
+    eventually("nothing listens with the first client", is_closed);
+    talk(client, server, end_tcp);
     forwarder.finish().assert_clean();
     clients.enter(|| TcpStream::connect(address)).expect_err("nothing listens any more");
 }
