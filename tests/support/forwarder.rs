@@ -14,6 +14,7 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 
 use super::engine::{Wanted, answer, without_fallback};
@@ -55,6 +56,8 @@ pub struct Launch {
     uid: Option<u32>,
     /// System calls, and what the kernel answers to them.
     answers: Vec<(libc::c_long, Errno)>,
+    /// Its limit of descriptors, if it is to have one of its own.
+    descriptors: Option<u64>,
     listens: Listens,
 }
 
@@ -79,7 +82,8 @@ impl Launch {
     pub fn new(program: Program) -> Self {
         let (args, inherited, answers) = (Vec::new(), Vec::new(), Vec::new());
         let (home, from, uid, file) = (None, None, None, None);
-        Self { program, file, args, inherited, home, from, uid, answers, listens: Listens::No }
+        let (descriptors, listens) = (None, Listens::No);
+        Self { program, file, args, inherited, home, from, uid, answers, descriptors, listens }
     }
 
     pub fn nsplice() -> Self {
@@ -163,6 +167,12 @@ impl Launch {
         self
     }
 
+    /// Limits its descriptors, soft and hard, as `prlimit` does.
+    pub fn descriptors(mut self, limit: u64) -> Self {
+        self.descriptors = Some(limit);
+        self
+    }
+
     /// Does as `NSPLICE_TEST_ENGINE` says, unless the test itself says what engine there is to be.
     fn want_engine(&mut self) -> Wanted {
         let is_told = self.args.iter().any(|arg| arg == "--engine");
@@ -238,7 +248,7 @@ impl Launch {
         }
         let inherited = std::mem::take(&mut self.inherited);
         let pairs: Vec<_> = inherited.iter().map(|one| (one.fd.as_raw_fd(), one.number)).collect();
-        let uid = self.uid;
+        let (uid, descriptors) = (self.uid, self.descriptors);
         let answers = std::mem::take(&mut self.answers);
         // SAFETY: only system calls; nothing is allocated and no lock is taken.
         unsafe {
@@ -248,6 +258,9 @@ impl Launch {
                 }
                 for &(number, errno) in &answers {
                     answer(number, errno)?;
+                }
+                if let Some(limit) = descriptors {
+                    setrlimit(Resource::RLIMIT_NOFILE, limit, limit)?;
                 }
                 match uid {
                     Some(uid) => nix::unistd::setuid(uid.into()).map_err(Into::into),

@@ -80,6 +80,12 @@ impl Process {
         self.status("VmRSS:") * 1024
     }
 
+    /// Processor time it has taken, in ticks of a hundredth of a second.
+    pub fn cpu_ticks(&self) -> u64 {
+        let times = stat(self.pid).map(|stat| [stat[11].parse(), stat[12].parse()]);
+        times.into_iter().flatten().map(|ticks: Result<u64, _>| ticks.unwrap_or(0)).sum()
+    }
+
     /// How often it has gone to sleep by itself.
     pub fn voluntary_switches(&self) -> u64 {
         self.status("voluntary_ctxt_switches:")
