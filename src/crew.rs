@@ -324,3 +324,27 @@ fn event_fd() -> Result<EventFd> {
 fn unexpected_end() -> Error {
     Error::new(Kind::Process, "a worker thread ended unexpectedly")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    use nix::libc;
+
+    #[test]
+    fn a_worker_that_panics_ends_the_process_with_a_report() {
+        let program = std::env::current_exe().expect("this program");
+        let test = ["--exact", "crew::tests::a_thread_panics", "--ignored", "--nocapture"];
+        let output = Command::new(program).args(test).output().expect("run");
+        assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("on purpose"), "{output:?}");
+    }
+
+    #[test]
+    #[ignore = "ends the process: run by the other one"]
+    fn a_thread_panics() {
+        super::abort_on_panic();
+        let _ = std::thread::spawn(|| panic!("on purpose")).join();
+    }
+}
