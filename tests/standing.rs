@@ -41,6 +41,14 @@ fn launch(clients: &Netns, targets: &Netns, server: &TcpListener, handoff: &str)
         .connect(server.local_addr().unwrap())
 }
 
+/// Limits the memory of TCP sockets, of which the machine has only so much for all programs: without
+/// it the kernel resets connections, also those of other tests.
+fn limit_buffers(netns: &Netns, bytes: u32) {
+    for name in ["net/ipv4/tcp_rmem", "net/ipv4/tcp_wmem"] {
+        netns.sysctl(name, &format!("4096 16384 {bytes}"));
+    }
+}
+
 /// Told to stop, it ends when the last connection has.
 fn drained(launch: Launch) -> Launch {
     launch.option("--drain-timeout", "60")
@@ -136,7 +144,7 @@ fn after_a_kill_the_address_can_be_had_at_once() {
 #[test]
 fn who_may_not_have_pipes_copies_and_loses_nothing() {
     const CONNECTIONS: u64 = 1_500;
-    const LEN: u64 = 600 << 10;
+    const LEN: u64 = 400 << 10;
     const NOBODY: u32 = 65534;
     let uids = std::fs::read_to_string("/proc/self/uid_map").unwrap();
     if uids.split_whitespace().nth(2) == Some("1") {
@@ -149,9 +157,7 @@ fn who_may_not_have_pipes_copies_and_loses_nothing() {
     let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_nsplice")).arg(&file).status();
     assert!(copied.unwrap().success());
     // What is on its way is to be in pipes.
-    for name in ["net/ipv4/tcp_rmem", "net/ipv4/tcp_wmem"] {
-        both.sysctl(name, "4096 16384 65536");
-    }
+    limit_buffers(&both, 16 << 10);
     let server = server(&both);
     let forwarder = drained(Launch::nsplice())
         .run_as(NOBODY, file)
@@ -232,9 +238,11 @@ fn without_a_port_to_connect_from_clients_are_reset_until_there_is_one() {
 
 #[test]
 fn readers_that_stop_cost_nothing_until_they_go_on() {
-    const LEN: u64 = 16 << 20;
+    const LEN: u64 = 8 << 20;
     for transfer in ["auto", "copy"] {
         namespaces!(clients, targets);
+        limit_buffers(&clients, 256 << 10);
+        limit_buffers(&targets, 256 << 10);
         let server = server(&targets);
         let launch = drained(launch(&clients, &targets, &server, "socket"));
         let forwarder = launch.option("--transfer", transfer).start();

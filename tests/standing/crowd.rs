@@ -13,7 +13,7 @@ use crate::support::{Netns, PATIENCE};
 const PIECE_BYTES: usize = 64 << 10;
 
 /// So small that what is on its way is mostly in the forwarder.
-const SOCKET_BYTES: usize = 64 << 10;
+const SOCKET_BYTES: usize = 16 << 10;
 
 /// One end of a connection: what it still has to send and to receive.
 pub struct End {
