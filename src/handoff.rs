@@ -93,6 +93,15 @@ impl Channel {
     /// none; EMFILE if this process has no room for its sockets, and it is still there; EBADMSG if
     /// it is none of ours.
     pub fn receive(&self) -> Result<Option<Received>, Errno> {
+        match self.receive_next() {
+            // The other end was closed before it had read all. That is told first, and once; what
+            // it has sent comes then.
+            Err(Errno::ECONNRESET) => self.receive_next(),
+            result => result,
+        }
+    }
+
+    fn receive_next(&self) -> Result<Option<Received>, Errno> {
         let mut byte = [0];
         let mut iov = [IoSliceMut::new(&mut byte)];
         let mut space = cmsg_space!([RawFd; MAX_SOCKETS], UnixCredentials);
@@ -174,6 +183,17 @@ mod tests {
         assert_eq!(received.message, Message::Connections);
         assert_eq!(received.sockets.len(), 2);
         drop(here);
+        assert!(there.receive().expect("receive").is_none());
+    }
+
+    #[test]
+    fn the_last_message_of_an_end_that_has_not_heard_all_arrives() {
+        let (here, there) = Channel::pair().expect("socketpair");
+        there.send(Message::Room, &[]).expect("send");
+        here.send(Message::Stop, &[]).expect("send");
+        drop(here);
+        let received = there.receive().expect("receive").expect("a message");
+        assert_eq!(received.message, Message::Stop);
         assert!(there.receive().expect("receive").is_none());
     }
 

@@ -143,9 +143,7 @@ fn a_second_signal_ends_at_once() {
                 })
             });
             assert_reset(&mut server);
-            let exit = stage.forwarder.finish();
-            // Three signals in a moment may kill the connector before it has told what it did.
-            assert_ne!(exit.code(), Some(0), "--handoff {handoff}, {to:?}: {exit:?}");
+            assert_cut(&stage.forwarder.finish(), 1);
         }
     }
 }

@@ -119,6 +119,10 @@ impl<E: Start> Thread<E> {
                     for client in received.sockets {
                         self.worker.add(client);
                     }
+                    if self.worker.is_paused() {
+                        self.must_look_again = true;
+                        return;
+                    }
                 }
                 Err(Errno::EAGAIN) => break,
                 // They stay where they are until there is room.
@@ -128,8 +132,6 @@ impl<E: Start> Thread<E> {
                     self.must_look_again = true;
                     return self.worker.pause();
                 }
-                // The listener has ended without hearing all; what it has sent is there.
-                Err(Errno::ECONNRESET) => {}
                 // The listener has no more; or it is gone, which ends the worker by another way.
                 Ok(None) | Err(_) => {
                     self.handoff = None;

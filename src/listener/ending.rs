@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use nix::poll::PollTimeout;
 
 use super::outbox::give;
-use super::{PAUSE_MS, Serving, send};
+use super::{Outbox, PAUSE_MS, Serving, send};
 use crate::config::Handoff;
 use crate::error::Result;
 use crate::handoff::Message;
@@ -92,7 +92,10 @@ impl<'a> Ending<'a> {
         };
         let is_repetition = || self.ordered.is_some_and(|since| since.elapsed() < ONE_ORDER);
         Ok(match self.serving.wait(false, timeout)? {
-            Wake::Own => false,
+            Wake::Own => {
+                self.serving.outboxes.iter().for_each(Outbox::hear);
+                false
+            }
             Wake::Signal => !is_repetition(),
             Wake::Control => !(self.serving.is_told_to_end() && is_repetition()),
         })

@@ -137,10 +137,10 @@ fn what_an_end_has_sent_is_there_after_the_reset_by_its_death() {
     send(&here, &[read.as_raw_fd()]).unwrap();
     drop(here);
     let told = receive(&there).map(|(bytes, ..)| bytes);
-    assert_eq!(told, Err(Errno::ECONNRESET), "Thread::take_over need not go on after it");
+    assert_eq!(told, Err(Errno::ECONNRESET), "Channel::receive need not go on after it");
     let (bytes, fds, _) = receive(&there).unwrap();
     assert_eq!((bytes, fds.len()), (1, 1), "connections on their way are lost");
-    assert_eq!(receive(&there).unwrap().0, 0, "Thread::take_over never ends");
+    assert_eq!(receive(&there).unwrap().0, 0, "Channel::receive takes an end for a message");
 }
 
 #[test]
