@@ -79,14 +79,15 @@ class Clients:
             peer.reset_at = reset_at if plan == "client" else None
             await work(peer)
 
-        counts = (0,) * 4
+        counts, port = (0,) * 4, None
         try:
             peer = await Peer.connect(self.address)
+            port = peer.port
             outcome, detail = await peer.end(all_of_it(peer))
             counts = (peer.sent, peer.received, peer.exchanges, peer.waited_s)
         except Ended as ended:
             outcome, detail = ended.outcome, ended.detail
-        record = [number, kind, plan, outcome, *counts, began, time.monotonic(), detail]
+        record = [number, port, kind, plan, outcome, *counts, began, time.monotonic(), detail]
         self.records.write(json.dumps(record) + "\n")
 
     async def streams(self, kind, mode, up, down, pause_s=0, **plan):

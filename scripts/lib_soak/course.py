@@ -13,7 +13,7 @@ import tempfile
 import time
 
 from lib_compare import machine, programs
-from lib_compare.netns import Netns
+from lib_compare.netns import Netns, read
 from lib_compare.programs import Failed
 
 from . import forwarder
@@ -53,8 +53,8 @@ SETTINGS = ("seconds", "seed", "handoff", "engine", "build")
 # What it may log, each a trace of a fault.
 EXPECTED_LINES = re.compile(
     "the name was deleted; waiting for it$|new connections are in the new namespace now$"
-    "|cannot accept: EMFILE|clients wait: EMFILE|cannot connect: ECONN(REFUSED|RESET)"
-    "|(cannot accept|clients wait|cannot connect): [0-9]+ more times$"
+    "|cannot connect: ECONN(REFUSED|RESET)|(cannot accept|clients wait|cannot take connections): "
+    "EMFILE|(cannot (connect|accept|take connections)|clients wait): [0-9]+ more times$"
 )
 
 
@@ -138,7 +138,7 @@ class Soak:
             self.tick()
 
     def serve(self):
-        self.idle = self.forwarder.footprint()
+        self.unused = self.forwarder.footprint()
         self.start_clients("warm-up")
         self.wait(WARM_UP_S)
         # Afterwards all are served at once, which takes as many buffers as it ever does.
@@ -146,7 +146,7 @@ class Soak:
         self.wait(1)
         self.stop_clients()
         warm_peak = self.peak["connections"]
-        before = self.figures["before"] = self.at_rest(self.idle)
+        before = self.figures["before"] = self.at_rest(self.unused)
         cpu_s, machine_s = self.forwarder.cpu(), programs.machine_seconds()[0]
         began = time.monotonic()
         self.start_clients("load")
@@ -158,6 +158,7 @@ class Soak:
         self.order({"finish": True}, FINISH_S)
         self.ledger.finish()
         after = self.figures["after"] = self.at_rest(before)
+        self.check_machine()
         self.check_log()
         summary = self.figures["summary"] = self.forwarder.end()
         self.check_summary(summary)
@@ -176,7 +177,7 @@ class Soak:
     def stop_clients(self):
         """Ends the load, but for the idle connections, which cost nothing; then those."""
         held = sum(answer["held"] for answer in self.tell_clients("quiet"))
-        self.at_rest(self.idle, held)
+        self.at_rest(self.unused, held)
         cpu_s = self.forwarder.cpu()
         self.wait(REST_S)
         share = self.figures["cpu_at_rest"] = (self.forwarder.cpu() - cpu_s) / REST_S
@@ -204,7 +205,7 @@ class Soak:
         deadline = time.monotonic() + BASELINE_S
         while True:
             now = self.tick()
-            if forwarder.is_as_before(now, reference, self.workers):
+            if forwarder.is_as_before(now, reference, self.unused, self.workers):
                 return now
             if time.monotonic() > deadline:
                 self.failures.append(f"something is left: {now}, was {reference}")
@@ -220,6 +221,16 @@ class Soak:
             growth = process["memory_bytes"] - before[name]["memory_bytes"]
             if growth > allowed:
                 self.failures.append(f"the {name} grew by {growth} bytes, more than {allowed}")
+
+    def check_machine(self):
+        """The kernel's memory for TCP is all programs' of the machine: one that takes it all has
+        connections reset, of whomever."""
+        netns = [self.clients_netns, *self.targets_netns]
+        count = self.figures["out_of_tcp_memory"] = sum(map(resets_for_memory, netns))
+        if count:
+            self.failures.append(
+                f"the machine was out of memory for TCP, and its kernel reset {count} connections, "
+                "which is not nsplice's doing: see net.ipv4.tcp_mem, and what else runs")
 
     def check_log(self):
         for line in self.forwarder.log().splitlines():
@@ -266,3 +277,9 @@ class Soak:
                 self.failures.append(f"summary: {name} is {summary[name]}, not {least} to {most}")
         if summary["completed"] + summary["failed"] != summary["connections"]:
             self.failures.append("summary: completed and failed are not all connections")
+
+
+def resets_for_memory(netns):
+    with netns.entered():
+        names, values = read("/proc/thread-self/net/netstat").splitlines()[:2]
+    return int(dict(zip(names.split(), values.split()))["TCPAbortOnMemory"])

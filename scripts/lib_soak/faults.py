@@ -50,7 +50,7 @@ class Fault:
 
     def row(self):
         lasted = self.until_s - self.since_s
-        return {"kind": self.kind, "seconds": lasted, "ended": self.ended,
+        return {"kind": self.kind, "since_s": self.since_s, "seconds": lasted, "ended": self.ended,
                 "failures": self.failures}
 
     def describe(self):

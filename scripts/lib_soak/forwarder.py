@@ -114,13 +114,14 @@ def memory(pid):
     return {"memory_bytes": anon - buffers, "buffers_bytes": buffers}
 
 
-def is_as_before(now, before, workers):
-    """Whether nothing but pipes kept for reuse, each with two ends, were added."""
+def is_as_before(now, before, unused, workers):
+    """Whether nothing was added but pipes kept for reuse, each with two ends: in each worker so
+    many more than `unused` had, the footprint before any connection."""
     for name, process in now.items():
-        earlier = before[name]
-        pipes, pipes_before = process["fds"].get("pipe", 0), earlier["fds"].get("pipe", 0)
-        allowed = max(pipes_before, 2 * POOLED_PIPES * workers if name == "connector" else 0)
-        others = [{**each["fds"], "pipe": 0} for each in (process, earlier)]
-        if others[0] != others[1] or pipes > allowed or process["threads"] != earlier["threads"]:
+        pooled = 2 * POOLED_PIPES * workers if name == "connector" else 0
+        if process["fds"].get("pipe", 0) > unused[name]["fds"].get("pipe", 0) + pooled:
+            return False
+        fds, fds_before = ({**each["fds"], "pipe": 0} for each in (process, before[name]))
+        if fds != fds_before or process["threads"] != before[name]["threads"]:
             return False
     return True

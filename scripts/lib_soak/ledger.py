@@ -6,9 +6,9 @@ import json
 from . import wire
 
 Client = collections.namedtuple(
-    "Client", "number kind plan outcome sent received exchanges waited_s began ended detail")
+    "Client", "number port kind plan outcome sent received exchanges waited_s began ended detail")
 Served = collections.namedtuple(
-    "Served", "number outcome sent received began ended waited_s detail")
+    "Served", "number port outcome sent received began ended waited_s detail")
 
 # So long after the target listens again a client may still hear that it was refused.
 REFUSAL_LATE_S = 10

@@ -85,6 +85,11 @@ arrived and at most what was sent, which differ by what was under way to an end 
 The seed is printed, and with `--seed` all sizes, orders, pauses and faults are drawn again as they
 were. What happens at the same time is not the same: the kernel's and the machine's timing differ.
 A failure names the connection, both ends' records, and the fault during or after which it happened.
+The port is the one that nsplice's log (`-v`) has for a client, and the one it connected from in the
+target's record.
+
+The kernel's memory for TCP is the whole machine's. A program that takes it all has connections
+reset, of whomever; a run that met this says so, and fails.
 
 ## Results
 """
@@ -152,7 +157,8 @@ def load_row(title, row, waited):
 def faults(done):
     sums = collections.defaultdict(collections.Counter)
     for fault in done:
-        sums[fault["kind"]].update({name: fault[name] for name in fault if name != "kind"}, times=1)
+        added = {name: fault[name] for name in ("seconds", "ended", "failures")}
+        sums[fault["kind"]].update(added, times=1)
     head = ["fault", "times", "seconds in all", "connections it ended, as it must",
             "connections that failed in or after it"]
     return table(head, [

@@ -60,7 +60,9 @@ class Target:
     def accept(self, listener):
         try:
             for _ in range(64):
-                peer = Peer(listener.accept()[0])
+                sock, (_, port) = listener.accept()
+                peer = Peer(sock)
+                peer.port = port
                 task = asyncio.create_task(self.connection(peer))
                 self.connections.add(task)
                 task.add_done_callback(self.connections.discard)
@@ -70,8 +72,8 @@ class Target:
     async def connection(self, peer):
         began = time.monotonic()
         outcome, detail = await peer.end(self.work(peer))
-        record = [peer.number, outcome, peer.sent, peer.received, began, time.monotonic(),
-                  peer.waited_s, detail]
+        record = [peer.number, peer.port, outcome, peer.sent, peer.received, began,
+                  time.monotonic(), peer.waited_s, detail]
         self.records.write(json.dumps(record) + "\n")
 
     async def work(self, peer):

@@ -105,6 +105,7 @@ class Peer:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock, self.fd = sock, sock.fileno()
         self.number = None  # the connection's, as soon as it is known
+        self.port = None  # of the end that connected: forwarder's logs name it
         self.sent = self.received = self.exchanges = 0
         self.reset_at = None  # bytes sent and received after which this side resets
         self.chunk, self.silence_s = CHUNK_BYTES, SILENCE_S
@@ -126,6 +127,7 @@ class Peer:
                 code = peer.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
                 raise Ended("reset", f"connect: {errno.errorcode[code]}")
+            peer.port = peer.sock.getsockname()[1]
         except BaseException:
             peer.sock.close()
             raise
