@@ -124,7 +124,7 @@ def sentence(document):
     )
     if "cpu_s" in figures:
         text += (
-            f". The forwarder took {figures['cpu_s']:.1f} s of CPU, the machine "
+            f". The forwarder took {figures['cpu_s']:.1f} s of CPU, all that ran on the machine "
             f"{figures['machine_s']:.1f} s; with the idle connections alone the forwarder took "
             f"{figures['cpu_at_rest']:.2%} of a CPU"
         )
