@@ -127,6 +127,8 @@ def inheriting(command_for):
 
     def launch(contender, place):
         with place.listen_netns.listen(LISTEN_PORT) as listener:
+            # nginx takes it as it is: a worker that another is faster than would wait in accept(2).
+            listener.setblocking(False)
             fd = listener.fileno()
             command, environment = command_for(contender, place, fd)
             with place.connect_netns.entered():
