@@ -12,7 +12,7 @@ const PER_WORKER: u64 = 6;
 const SPARE: u64 = 8;
 /// The share of all descriptors that is left to pipes, if the number of connections is not given.
 /// A connection has one or two only while it moves bulk, and copies when there is none.
-const PIPE_SHARE: u64 = 8;
+const PIPE_SHARE: u64 = 16;
 /// Ends of a pipe.
 const PER_PIPE: u64 = 2;
 
@@ -94,11 +94,14 @@ mod tests {
 
     #[test]
     fn what_can_be_had_is_shared_out() {
-        // 64 - 10 - 8 - 12 = 34, of which 8 for pipes.
+        // 64 - 10 - 8 - 12 = 34, of which 4 for pipes.
         let limits = Limits::new(64, 10, 2, None).expect("enough");
-        assert_eq!(limits, Limits { connections: vec![7, 6], pipes: 2 });
+        assert_eq!(limits, Limits { connections: vec![8, 7], pipes: 1 });
         let many = Limits::new(1 << 20, 10, 2, None).expect("enough");
-        assert_eq!(many.connections.iter().sum::<u32>(), 458_737);
+        assert_eq!(many.connections.iter().sum::<u32>(), 491_505);
+        // What is common for a service: it is to carry 9,000 connections, with pipes left.
+        let common = Limits::new(20_000, 10, 2, None).expect("enough");
+        assert_eq!((common.connections, common.pipes), (vec![4680, 4680], 312));
     }
 
     #[test]
