@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
@@ -49,7 +50,9 @@ enum Command {
     Forward(OwnedFd),
     /// Make new connections from this namespace, and say so.
     Enter(Arc<OpenNetns>, Sender<Result<()>>),
-    /// Accept no more, and end the thread after the last connection.
+    /// Accept no more by itself.
+    StopAccepting,
+    /// Take no more, and end the thread after the last connection.
     Drain,
     /// End all connections, then the thread.
     Stop,
@@ -78,9 +81,22 @@ struct Handle {
     commands: Sender<Command>,
     wake: EventFd,
     thread: JoinHandle<()>,
+    /// Connections it has, those it was given and has not yet seen included.
+    load: Arc<AtomicU32>,
+    /// Most it may have at a time.
+    limit: u32,
 }
 
 impl Handle {
+    fn load(&self) -> u32 {
+        self.load.load(Ordering::Relaxed)
+    }
+
+    fn give(&self, client: OwnedFd) {
+        self.load.fetch_add(1, Ordering::Relaxed);
+        self.tell(Command::Forward(client));
+    }
+
     fn tell(&self, command: Command) {
         // A worker that has ended hears nothing; its report is on its way.
         let _ = self.commands.send(command);
@@ -99,12 +115,10 @@ pub struct Crew {
     single: bool,
     /// What the workers accept from.
     listener: Option<OwnedFd>,
-    /// Those who waited at one when it was to be closed.
-    queue: Option<Queue>,
+    /// Those who waited at others when they were to be closed, the oldest first.
+    queues: Vec<Queue>,
     /// The workers are to be told when there are none.
     is_draining: bool,
-    /// Who got the last of them.
-    turn: usize,
 }
 
 impl Crew {
@@ -122,9 +136,8 @@ impl Crew {
             ended: Vec::new(),
             single: seeds.iter().any(|seed| seed.settings.single),
             listener: None,
-            queue: None,
+            queues: Vec::new(),
             is_draining: false,
-            turn: 0,
         };
         for (index, seed) in seeds.into_iter().enumerate() {
             let reporter = Reporter { reports: report.clone(), attention: crew.attention() };
@@ -186,7 +199,7 @@ impl Crew {
 
     /// Has a worker forward `client`, the only connection.
     pub fn forward(&mut self, client: OwnedFd) {
-        self.workers[0].tell(Command::Forward(client));
+        self.workers[0].give(client);
         self.accepting = self.workers.len();
     }
 
@@ -204,6 +217,10 @@ impl Crew {
     /// is handed connections over first takes all that come until its channel ends.
     pub fn drain(&mut self) {
         self.is_draining = true;
+        // What they took of those who come later, those who wait would have to wait for.
+        for worker in &self.workers {
+            worker.tell(Command::StopAccepting);
+        }
         let listener = self.listener.take();
         self.close(listener);
     }
@@ -211,20 +228,21 @@ impl Crew {
     /// Takes those who wait at a socket that is not accepted from any more.
     fn close(&mut self, listener: Option<OwnedFd>) {
         // A socket that is not to be had any more has nobody waiting.
-        self.queue = listener.and_then(|listener| Queue::new(listener).ok()).or(self.queue.take());
+        self.queues.extend(listener.and_then(|listener| Queue::new(listener).ok()));
         self.serve_queue();
     }
 
     /// To be called again while there are [waiting clients](Self::has_waiting_clients).
     pub fn serve_queue(&mut self) {
-        while let Some(queue) = &mut self.queue {
-            match queue.take() {
-                Ok(Some(client)) => {
-                    self.turn = (self.turn + 1) % self.workers.len();
-                    self.workers[self.turn].tell(Command::Forward(client));
-                }
-                Ok(None) => self.queue = None,
-                Err(_) => return,
+        while let Some(queue) = self.queues.first_mut() {
+            let have_room = self.workers.iter().filter(|worker| worker.load() < worker.limit);
+            match (have_room.min_by_key(|worker| worker.load()), queue.has_more()) {
+                (None, true) => return,
+                (Some(worker), true) => match queue.take() {
+                    Ok(client) => client.into_iter().for_each(|client| worker.give(client)),
+                    Err(_) => return,
+                },
+                (_, false) => drop(self.queues.remove(0)),
             }
         }
         if std::mem::take(&mut self.is_draining) {
@@ -234,9 +252,9 @@ impl Crew {
         }
     }
 
-    /// Whether there are clients for whom the system has no room now.
+    /// Whether there are clients for whom there is no room now.
     pub fn has_waiting_clients(&self) -> bool {
-        self.queue.is_some()
+        !self.queues.is_empty()
     }
 
     /// Whether a worker has failed, or all have ended: with their last or the only connection.
@@ -292,6 +310,8 @@ fn abort_on_panic() {
 
 fn spawn<E: Start>(index: usize, seed: Seed, reporter: Reporter) -> Result<Handle> {
     let (commands, orders) = channel();
+    let load = Arc::new(AtomicU32::new(0));
+    let (counter, limit) = (Arc::clone(&load), seed.settings.max_connections);
     let wake = event_fd()?;
     let woken = wake
         .as_fd()
@@ -300,7 +320,7 @@ fn spawn<E: Start>(index: usize, seed: Seed, reporter: Reporter) -> Result<Handl
     let thread = std::thread::Builder::new()
         .name(format!("worker-{index}"))
         .spawn(move || {
-            let ended = match Thread::<E>::new(index, seed, woken, orders) {
+            let ended = match Thread::<E>::new(index, seed, woken, orders, counter) {
                 Ok(mut thread) => {
                     reporter.send(Report::Started);
                     let result = thread.serve(&reporter);
@@ -313,7 +333,7 @@ fn spawn<E: Start>(index: usize, seed: Seed, reporter: Reporter) -> Result<Handl
             reporter.send(Report::Ended(ended));
         })
         .map_err(|error| Error::new(Kind::Kernel, format!("cannot start a worker: {error}")))?;
-    Ok(Handle { commands, wake, thread })
+    Ok(Handle { commands, wake, thread, load, limit })
 }
 
 fn event_fd() -> Result<EventFd> {

@@ -78,6 +78,7 @@ pub fn run(part: Part) -> Result<u8> {
         handoff: part.handoff,
         config: part.config,
         listener: None,
+        queues: Vec::new(),
         outboxes: part.outboxes,
         ended: part.ended,
         follower: None,
@@ -195,6 +196,8 @@ struct Serving<'a> {
     /// What connections are accepted from here; or, when the connector accepts them, a copy for
     /// the process that may take over.
     listener: Option<OwnedFd>,
+    /// Clients who wait at sockets that are not accepted from any more, the oldest first.
+    queues: Vec<Queue>,
     outboxes: Vec<Outbox>,
     ended: SharedCounters,
     follower: Option<Follower>,
@@ -264,19 +267,29 @@ impl Serving<'_> {
                 })?;
                 match self.listener.replace(listener) {
                     None => send(self.control, Message::Start, &[])?,
-                    Some(before) => self.take_queue(before),
+                    // A socket that is not to be had any more has nobody waiting.
+                    Some(before) => self.queues.extend(Queue::new(before)),
                 }
             }
         }
         Ok(address)
     }
 
-    /// Takes those who wait at a socket that is not accepted from any more.
-    fn take_queue(&mut self, listener: OwnedFd) {
-        // A socket that is not to be had any more has nobody waiting.
-        let Ok(mut queue) = Queue::new(listener) else { return };
-        while let Ok(Some(client)) = queue.take() {
-            give(client, &mut self.outboxes, &self.ended);
+    /// Takes those who wait in the queues, as far as there is room for them.
+    fn take_queues(&mut self) {
+        while let Some(queue) = self.queues.first_mut() {
+            if !queue.has_more() {
+                self.queues.remove(0);
+                continue;
+            }
+            if !have_room(&self.outboxes, &self.ended) {
+                return;
+            }
+            match queue.take() {
+                Ok(Some(client)) => give(client, &mut self.outboxes, &self.ended),
+                Ok(None) => {}
+                Err(_) => return,
+            }
         }
     }
 
@@ -284,8 +297,9 @@ impl Serving<'_> {
         let mut paused = false;
         let mut failures = log::Failures::default();
         loop {
+            self.take_queues();
             let blocked = self.flush();
-            let is_waiting = blocked || paused;
+            let is_waiting = blocked || paused || !self.queues.is_empty();
             let may_accept = !is_waiting && have_room(&self.outboxes, &self.ended);
             let timeout =
                 if is_waiting { PAUSE_MS.into() } else { Follower::timeout(&self.follower) };
@@ -303,7 +317,8 @@ impl Serving<'_> {
             if let Err(error) = self.follow() {
                 return self.end(Err(error));
             }
-            if let Some(listener) = self.listener.as_ref().filter(|_| !blocked)
+            if let Some(listener) =
+                self.listener.as_ref().filter(|_| !blocked && self.queues.is_empty())
                 && self.handoff == Handoff::Connections
             {
                 let result = accept_batch(listener, &mut self.outboxes, &self.ended);

@@ -24,6 +24,11 @@ impl Queue {
         Ok(Self { listener, left })
     }
 
+    /// Whether there may be clients left.
+    pub fn has_more(&self) -> bool {
+        self.left > 0
+    }
+
     /// The next client; `None`: there is none left. Errors as accept(2), without EAGAIN: the system
     /// has run out of something, and the client still waits.
     pub fn take(&mut self) -> Result<Option<OwnedFd>, Errno> {

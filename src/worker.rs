@@ -112,7 +112,7 @@ impl<E: Engine> Worker<E> {
     /// Forwards `client`, an accepted connection.
     pub fn add(&mut self, client: E::Socket) {
         if self.stopping {
-            return self.turn_away(client);
+            return self.cut(client);
         }
         let Settings { transfer, grace_ms, .. } = self.settings;
         let (flow, target) = match self.target.take() {
@@ -171,7 +171,7 @@ impl<E: Engine> Worker<E> {
         self.stop_accepting();
         self.accept_pause = None;
         for client in std::mem::take(&mut self.waiting) {
-            self.turn_away(client);
+            self.cut(client);
         }
         for index in 0..self.slots.len() as u32 {
             self.tell(index, Event::Stop);
@@ -188,6 +188,11 @@ impl<E: Engine> Worker<E> {
     /// Number of live flows.
     pub fn live(&self) -> usize {
         self.slots.len() - self.free.len()
+    }
+
+    /// Number of connections: live flows, and clients who wait for a socket to the target.
+    pub fn load(&self) -> u32 {
+        (self.live() + self.waiting.len()) as u32
     }
 
     /// How the flow that ended last did.

@@ -4,9 +4,14 @@
 
 mod support;
 
+use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::thread;
+use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use support::streams::{accept, connect};
@@ -45,6 +50,24 @@ impl Stage {
         Self { clients, server, forwarder }
     }
 
+    /// With room for some only: as many as it is told, or as there are descriptors for.
+    fn limited(clients: Netns, targets: &Netns, handoff: &str, descriptors: Option<u64>) -> Self {
+        let server = targets.listen("127.0.0.1:0");
+        let launch = Launch::nsplice()
+            .option("--handoff", handoff)
+            .option("--workers", "2")
+            .option("--drain-timeout", LONG)
+            .listen_netns(&clients)
+            .connect_netns(targets)
+            .listen(([127, 0, 0, 1], 0))
+            .connect(server.local_addr().unwrap());
+        let launch = match descriptors {
+            Some(descriptors) => launch.descriptors(descriptors),
+            None => launch.option("--max-connections", "20"),
+        };
+        Self { clients, server, forwarder: launch.start() }
+    }
+
     fn connection(&self) -> (TcpStream, TcpStream) {
         let address = self.forwarder.address();
         let mut pair = (self.clients.enter(|| connect(address)), accept(&self.server));
@@ -66,6 +89,11 @@ impl Stage {
         let port = self.forwarder.address().port();
         eventually("nobody listens any more", || (!self.clients.listens(port)).then_some(()));
     }
+}
+
+/// Whether a connection waits for its server, within `ms` milliseconds.
+fn is_next(server: &TcpListener, ms: u16) -> bool {
+    poll(&mut [PollFd::new(server.as_fd(), PollFlags::POLLIN)], ms).unwrap() > 0
 }
 
 #[track_caller]
@@ -193,6 +221,57 @@ fn clients_who_wait_to_be_accepted_are_served() {
         let exit = stage.forwarder.finish();
         exit.assert_clean();
         assert_eq!(exit.summary()["completed"], CLIENTS, "--handoff {handoff}: {exit:?}");
+    }
+}
+
+#[test]
+fn clients_who_wait_are_served_as_there_is_room_for_them() {
+    const LIMIT: usize = 20;
+    const WAITING: usize = 50;
+    for handoff in HANDOFFS {
+        for descriptors in [None, Some(64)] {
+            namespaces!(clients, targets);
+            let stage = Stage::limited(clients, &targets, handoff, descriptors);
+            let address: SocketAddr = stage.forwarder.address();
+            let all: Vec<_> =
+                stage.clients.enter(|| (0..LIMIT + WAITING).map(|_| connect(address)).collect());
+            // Each closes when its server has, which makes room for another.
+            let read = |mut client: TcpStream| {
+                let mut message = Vec::new();
+                client.read_to_end(&mut message).map(|_| message)
+            };
+            let all: Vec<_> =
+                all.into_iter().map(|client| thread::spawn(move || read(client))).collect();
+            let mut held: VecDeque<_> = VecDeque::new();
+            while is_next(&stage.server, 1000) {
+                held.push_back(accept(&stage.server));
+            }
+            let limit = held.len();
+            assert!((1..=LIMIT).contains(&limit), "{limit} at a time");
+            stage.signal(To::Listener);
+            // Long enough to have obeyed, as a rule.
+            thread::sleep(Duration::from_millis(300));
+            for _ in 0..LIMIT + WAITING {
+                assert!(held.len() <= limit, "{} at a time, not {limit}", held.len());
+                if held.is_empty() {
+                    held.push_back(accept(&stage.server));
+                }
+                let mut server = held.pop_front().unwrap();
+                server.write_all(b"hello").unwrap();
+                drop(server);
+                while is_next(&stage.server, 0) {
+                    held.push_back(accept(&stage.server));
+                }
+            }
+            for client in all {
+                let message = client.join().unwrap().unwrap();
+                assert_eq!(message, b"hello", "--handoff {handoff}, {descriptors:?}");
+            }
+            let exit = stage.forwarder.finish();
+            exit.assert_clean();
+            let summary = exit.summary();
+            assert_eq!(summary["completed"], LIMIT + WAITING, "--handoff {handoff}: {exit:?}");
+        }
     }
 }
 

@@ -2,6 +2,8 @@
 //! them.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::Receiver;
 
 use nix::errno::Errno;
@@ -30,6 +32,10 @@ pub(super) struct Thread<E: Start> {
     ended: SharedCounters,
     /// Connections counted in `ended` so far.
     ended_count: u64,
+    /// Connections the worker has, as far as is known outside.
+    load: Arc<AtomicU32>,
+    /// What is counted there of those it has.
+    load_count: u32,
     pace: Pace,
     log: Log,
 }
@@ -40,6 +46,7 @@ impl<E: Start> Thread<E> {
         seed: Seed,
         woken: OwnedFd,
         orders: Receiver<Command>,
+        load: Arc<AtomicU32>,
     ) -> Result<Self> {
         if let Some(cpu) = seed.cpu {
             pin(cpu)?;
@@ -59,6 +66,8 @@ impl<E: Start> Thread<E> {
             must_look_again: false,
             ended: seed.ended,
             ended_count: 0,
+            load,
+            load_count: 0,
             pace: Pace::default(),
             log: seed.log,
         })
@@ -96,11 +105,16 @@ impl<E: Start> Thread<E> {
                     self.worker.listen(listener);
                     reporter.send(Report::Accepting);
                 }
-                Command::Forward(client) => self.worker.add(client),
+                Command::Forward(client) => {
+                    // It was counted when it was given.
+                    self.load_count += 1;
+                    self.worker.add(client);
+                }
                 Command::Enter(netns, reply) => {
                     // Nobody waits for it any more: the program is ending.
                     let _ = reply.send(netns::enter(&netns));
                 }
+                Command::StopAccepting => self.worker.stop_accepting(),
                 Command::Drain if self.handoff.is_none() => self.worker.drain(),
                 Command::Drain => {}
                 Command::Stop => self.worker.stop(),
@@ -142,8 +156,14 @@ impl<E: Start> Thread<E> {
         self.worker.engine().readable(Token::Handoff, channel.as_ref());
     }
 
-    /// Lets the listener know how many connections have ended here.
+    /// Lets the crew know how many connections there are here, and the listener how many have
+    /// ended.
     fn publish(&mut self) {
+        let load = self.worker.load();
+        if load != self.load_count {
+            self.load.fetch_add(load.wrapping_sub(self.load_count), Ordering::Relaxed);
+            self.load_count = load;
+        }
         let stats = self.worker.stats();
         let count = stats.completed + stats.failed + stats.stopped;
         if count > self.ended_count {

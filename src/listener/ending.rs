@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use nix::poll::PollTimeout;
 
-use super::outbox::give;
 use super::{Outbox, PAUSE_MS, Serving, send};
 use crate::config::Handoff;
 use crate::error::Result;
@@ -19,8 +18,6 @@ const ONE_ORDER: Duration = Duration::from_millis(200);
 /// A listener that is ending.
 pub(super) struct Ending<'a> {
     serving: Serving<'a>,
-    /// Clients who still have to be handed over.
-    queue: Option<Queue>,
     /// When the order to end came, if it was one.
     ordered: Option<Instant>,
     deadline: Option<Instant>,
@@ -32,16 +29,16 @@ impl<'a> Ending<'a> {
         // Those who wait at a socket that the connector accepts from are its business.
         let listener = serving.listener.take().filter(|_| serving.handoff == Handoff::Connections);
         // A socket that is not to be had any more has nobody waiting.
-        let queue = listener.and_then(|listener| Queue::new(listener).ok());
+        serving.queues.extend(listener.and_then(|listener| Queue::new(listener).ok()));
         let now = Instant::now();
-        Self { serving, queue, ordered: Some(now), deadline: Some(now + time) }
+        Self { serving, ordered: Some(now), deadline: Some(now + time) }
     }
 
     /// Another process has taken over: who waits is that one's, and it waits for nothing here.
     pub(super) fn succeeded(serving: Serving<'a>) -> Self {
         let ms = serving.config.drain_timeout_ms;
         let deadline = (ms > 0).then(|| Instant::now() + Duration::from_millis(ms.into()));
-        Self { serving, queue: None, ordered: None, deadline }
+        Self { serving, ordered: None, deadline }
     }
 
     /// Ends when the connector does, after the last connection; or before, when the time is over,
@@ -54,8 +51,6 @@ impl<'a> Ending<'a> {
                 return Ok(0);
             }
         }
-        // With its last copy here the socket is closed.
-        self.queue = None;
         send(self.serving.control, Message::Drain, &[])?;
         // Their ends tell the workers that there is no more to take.
         self.serving.outboxes.clear();
@@ -63,17 +58,11 @@ impl<'a> Ending<'a> {
         Ok(0)
     }
 
-    /// Hands over what waits. Returns whether some still has to.
+    /// Hands over what waits, and closes the sockets it waited at. Returns whether some still has to
+    /// be.
     fn hand_over(&mut self) -> bool {
-        let Serving { outboxes, ended, .. } = &mut self.serving;
-        let mut is_short = false;
-        if let Some(queue) = &mut self.queue {
-            let clients = std::iter::from_fn(|| queue.take().transpose());
-            for client in clients.map_while(|client| client.inspect_err(|_| is_short = true).ok()) {
-                give(client, outboxes, ended);
-            }
-        }
-        self.serving.flush() || is_short
+        self.serving.take_queues();
+        self.serving.flush() || !self.serving.queues.is_empty()
     }
 
     /// Waits until something happens, for `timeout` at most; whether that is the end.

@@ -46,7 +46,7 @@ impl<E: Engine> Worker<E> {
     }
 
     pub(super) fn accept_next(&mut self) {
-        let has_room = self.live() + self.waiting.len() < self.settings.max_connections as usize;
+        let has_room = self.load() < self.settings.max_connections;
         if self.is_paused() || !has_room {
             return;
         }
@@ -57,8 +57,8 @@ impl<E: Engine> Worker<E> {
         }
     }
 
-    /// A connection that is accepted in this moment still comes.
-    pub(super) fn stop_accepting(&mut self) {
+    /// Accepts no more. A connection that is accepted in this moment still comes.
+    pub fn stop_accepting(&mut self) {
         if let Some(listener) = self.listener.take() {
             self.engine.cancel(Token::Accept);
             self.engine.close(listener);
@@ -85,7 +85,14 @@ impl<E: Engine> Worker<E> {
         self.accept_next();
     }
 
-    pub(super) fn turn_away(&mut self, client: E::Socket) {
+    /// Ends a connection that was not served: the program ends.
+    pub(super) fn cut(&mut self, client: E::Socket) {
+        self.stats.connections += 1;
+        self.stats.stopped += 1;
+        self.turn_away(client);
+    }
+
+    fn turn_away(&mut self, client: E::Socket) {
         self.engine.reset(&client);
         self.engine.close(client);
     }

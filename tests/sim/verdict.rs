@@ -124,9 +124,12 @@ impl World {
     }
 
     pub fn check_stats(&self, stats: &Stats) {
-        let is_counted =
-            |connection: &&Connection| matches!(connection.stage, Stage::Served | Stage::Refused);
-        let counted = self.connections.iter().filter(is_counted).count() as u64;
+        let is_counted = |&index: &usize| match self.connections[index].stage {
+            Stage::Served | Stage::Refused => true,
+            Stage::AtDoor => self.sockets[2 * index].is_reset,
+            Stage::Away | Stage::Waiting => false,
+        };
+        let counted = (0..self.connections.len()).filter(is_counted).count() as u64;
         assert!(stats.connections == counted, "{counted} connections, counted: {stats:?}");
         let ended = stats.completed + stats.failed + stats.stopped;
         assert!(ended == counted, "{counted} connections ended, counted: {stats:?}");
