@@ -269,8 +269,10 @@ impl Half {
             // Readiness was reported, and there is nothing to splice.
             Err(Errno::EAGAIN) if self.delivered_bytes == self.delivered_at_wait => self.doubt(),
             Err(Errno::EAGAIN) => self.source = Source::Unknown,
+            // At an urgent mark a failure is told before the bytes behind it, which can still be
+            // received.
             Err(errno) => {
-                self.source = Source::Ended;
+                self.doubt();
                 return Err(errno);
             }
         }

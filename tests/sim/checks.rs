@@ -107,8 +107,7 @@ impl World {
 
     /// Whether all bytes that could be read from a socket went to the other one.
     fn is_passed_on(&self, source: usize) -> bool {
-        let Socket { lost_behind_mark, read, arrived, .. } = self.sockets[source];
-        self.sockets[other(source)].taken == if lost_behind_mark { read } else { arrived }
+        self.sockets[other(source)].taken == self.sockets[source].arrived
     }
 
     fn unsent(&self, socket: usize) -> u64 {
@@ -133,6 +132,8 @@ impl World {
         let (sink, source) = (&self.sockets[socket], &self.sockets[other(socket)]);
         assert!(sink.status == Status::Open && sink.is_connected, "shutdown of a dead socket");
         assert!(!sink.is_shut, "socket {socket} is shut down twice");
+        let is_dead = sink.is_known_to_have_failed();
+        assert!(!is_dead, "socket {socket} is shut down, but it is known to have failed");
         assert!(source.fin, "socket {socket} is shut down, but its source has not ended well");
         assert!(source.told_end, "socket {socket} is shut down before the end was read");
         let (len, taken) = (source.peer.len, sink.taken);
@@ -293,7 +294,7 @@ impl World {
         }
     }
 
-    fn told_error(&mut self, socket: usize, errno: Errno) {
+    pub fn told_error(&mut self, socket: usize, errno: Errno) {
         if is_failure(errno) {
             self.sockets[socket].told_error.get_or_insert(errno);
             if errno != Errno::EPIPE {

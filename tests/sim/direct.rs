@@ -48,7 +48,6 @@ impl World {
         let tells_failure = self.rng.percent(30);
         let source = &mut self.sockets[socket];
         if tells_failure && !source.fin && source.has_failed() {
-            source.lost_behind_mark = true;
             return Err(source.error.take().expect("it has failed"));
         }
         // Which of the two it is, is so at every attempt.

@@ -253,7 +253,10 @@ impl Engine for FakeEngine {
         let result = world.fill(socket.id, pipe.id, u64::from(len));
         trace!(world, "fill pipe {} from socket {}: {len}: {result:?}", pipe.id, socket.id);
         // A fill of nothing is no end.
-        world.told_by_read(socket.id, result.map(|_| false));
+        // What is behind an urgent mark can still be received.
+        if let Err(errno) = result {
+            world.told_error(socket.id, errno);
+        }
         result
     }
 

@@ -50,8 +50,6 @@ pub struct Socket {
     urgent: Option<u64>,
     /// Where the bytes were that the worker read as urgent and has not passed on.
     pub urgent_read: VecDeque<u64>,
-    /// A fill reported the failure at the mark: what is behind it may be lost.
-    pub lost_behind_mark: bool,
 
     /// Bytes the socket can take now.
     pub room: u64,
@@ -89,7 +87,6 @@ impl Socket {
             announced: 0,
             urgent: None,
             urgent_read: VecDeque::new(),
-            lost_behind_mark: false,
             room: peer.first_room,
             taken: 0,
             acked: 0,
