@@ -20,8 +20,10 @@ pub(super) enum State {
     HasClient,
     /// The socket is connected, or cannot be.
     Connected,
-    /// There is something to read.
+    /// There is something to read, or an urgent byte is announced.
     Readable,
+    /// There is something to read; that an urgent byte is announced is known.
+    Announced,
 }
 
 impl State {
@@ -31,6 +33,7 @@ impl State {
             State::HasClient => EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE,
             State::Connected => EpollFlags::EPOLLOUT,
             State::Readable => EpollFlags::EPOLLIN | EpollFlags::EPOLLPRI,
+            State::Announced => EpollFlags::EPOLLIN,
         }
     }
 }
@@ -140,7 +143,20 @@ impl Interest {
                 has_changes = true;
                 continue;
             }
-            let Place { fd, is_waiting, .. } = *self.place(token);
+            let Place { fd, is_waiting, armed } = *self.place(token);
+            // TCP announces an urgent byte when its segment comes, also while others before it are
+            // missing. Until they are there, nothing can be read.
+            if is_waiting && armed == State::Readable && events == EpollFlags::EPOLLPRI {
+                let announced = State::Announced;
+                if self.states.join(fd, announced.events(), token.encode()).is_ok() {
+                    self.place(token).armed = announced;
+                    continue;
+                }
+            }
+            let events = match armed {
+                State::Announced => events | EpollFlags::EPOLLPRI,
+                _ => events,
+            };
             if is_waiting {
                 reports.push(Report { token, fd, events });
             } else {
