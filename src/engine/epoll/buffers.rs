@@ -22,11 +22,15 @@ pub(super) struct Buffers {
 }
 
 impl Buffers {
-    /// The number of a buffer nobody has; `None` if all there can be are in use.
+    /// The number of a buffer nobody has; `None` if all there can be are in use, or there is no
+    /// memory.
     pub(super) fn take(&mut self) -> Option<u16> {
         let made = self.steps.len() as u16 * STEP_BUFFERS;
         if self.free.is_empty() && made < MAX_BUFFERS {
-            self.steps.push(vec![0; usize::from(STEP_BUFFERS) * BYTES].into());
+            let mut step = Vec::new();
+            step.try_reserve_exact(usize::from(STEP_BUFFERS) * BYTES).ok()?;
+            step.resize(usize::from(STEP_BUFFERS) * BYTES, 0);
+            self.steps.push(step.into());
             // Room for all of them is made here, and not when they are given back.
             self.free.reserve(usize::from(made + STEP_BUFFERS));
             self.free.extend((made..made + STEP_BUFFERS).rev());
