@@ -26,7 +26,7 @@ impl From<Times> for Clock {
         let Some(shortest) = all.into_iter().filter(|&ms| ms > 0).min() else {
             return Self::default();
         };
-        let tick_ms = (shortest / TICKS).clamp(MIN_TICK_MS, MAX_TICK_MS);
+        let tick_ms = shortest.div_ceil(TICKS).clamp(MIN_TICK_MS, MAX_TICK_MS);
         let ticks = |ms: u32| ms.div_ceil(tick_ms);
         let limits = Limits {
             connect: ticks(times.connect_ms),
