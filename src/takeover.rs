@@ -88,6 +88,12 @@ impl Takeover {
             };
             Error::system(Kind::Socket, what, errno, cause)
         })?;
+        sys::netns_cookie(&door).map_err(|errno| {
+            let _ = fs::remove_file(&name);
+            let cause = "it needs Linux 5.14";
+            let what = format!("{}: cannot tell network namespaces apart", named(&path));
+            Error::system(Kind::Kernel, what, errno, cause)
+        })?;
         let file = file_id(&name).unwrap_or_default();
         let unpublished = Some(name);
         Ok(Self { path, door, unpublished, file, predecessor: None, successor: None })
@@ -187,7 +193,16 @@ impl Takeover {
 
     fn answer(&self, listener: &OwnedFd) -> Option<Channel> {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-        let fd = accept4(self.door.as_raw_fd(), flags).and_then(sys::own).ok()?;
+        let fd = match accept4(self.door.as_raw_fd(), flags).and_then(sys::own) {
+            Ok(fd) => fd,
+            Err(errno) => {
+                if errno != Errno::EAGAIN {
+                    // No descriptor, say: it goes on waiting, and so does this process a little.
+                    std::thread::sleep(Duration::from_millis(PAUSE_MS.into()));
+                }
+                return None;
+            }
+        };
         if !is_trusted(&fd) {
             return None;
         }
