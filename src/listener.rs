@@ -24,7 +24,7 @@ use crate::log;
 use crate::netns::{self, Follower};
 use crate::process::{ListenPart, Wake, wait_any};
 use crate::queue::Queue;
-use crate::socket::prepare;
+use crate::socket::{prepare, reset};
 use crate::sys::{SharedCounters, listen, set_nonblocking};
 use crate::takeover::{Answer, Takeover};
 
@@ -162,11 +162,13 @@ fn send(control: &Channel, message: Message, sockets: &[BorrowedFd<'_>]) -> Resu
     }
 }
 
-/// Waits for `message`; false when told to stop, or when the connector is gone.
+/// Waits for `message`; false when told to stop, also by the connector, or when that is gone.
 fn expect(control: &Channel, signals: &SignalFd, message: Message) -> Result<bool> {
     match wait_any(control, signals, &[], PollTimeout::NONE)? {
         Wake::Control => match control.receive() {
             Ok(Some(received)) if received.message == message => Ok(true),
+            // It was told to end, or has to.
+            Ok(Some(received)) if received.message == Message::Stop => Ok(false),
             Ok(None) | Err(Errno::ECONNRESET) => Ok(false),
             other => {
                 Err(Error::new(Kind::Process, format!("the connector is confused: {other:?}")))
@@ -216,7 +218,8 @@ impl Serving<'_> {
                 Answer::Socket(listener) => {
                     takeover.check(&listener, address)?;
                     // From now on it is as it would be if it had been made here.
-                    let is_as_new = prepare(&listener, &self.config.sockets)
+                    let is_as_new = reset(&listener)
+                        .and_then(|()| prepare(&listener, &self.config.sockets))
                         .and_then(|()| listen(&listener, self.config.backlog));
                     return is_as_new.map(|()| Some(listener)).map_err(|errno| {
                         let what = format!("-l {address}: cannot set up the socket that came");
@@ -314,6 +317,7 @@ impl Serving<'_> {
             {
                 return ending::Ending::succeeded(self).run();
             }
+            failures.tell_left_out();
             if let Err(error) = self.follow() {
                 return self.end(Err(error));
             }

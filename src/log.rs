@@ -46,12 +46,23 @@ pub struct Failures {
 }
 
 impl Failures {
+    /// Tells how many were left out in a time that is over. To be called now and then.
+    pub fn tell_left_out(&mut self) {
+        say_left_out(self.limiter.left_out(Instant::now()));
+    }
+
     /// Writes a failure of this kind, unless there were several of late.
     pub fn say(&mut self, kind: &'static str, text: impl FnOnce() -> String) {
-        say_left_out(self.limiter.left_out(Instant::now()));
+        self.tell_left_out();
         if self.limiter.admits(kind, Instant::now()) {
             say_now(&text());
         }
+    }
+}
+
+impl Drop for Failures {
+    fn drop(&mut self) {
+        say_left_out(self.limiter.all_left_out());
     }
 }
 

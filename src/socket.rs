@@ -3,12 +3,25 @@
 //! Sockets accepted from a listening one inherit all of it (kernel-fact 18), so a listening socket
 //! is prepared instead of each of its connections.
 
+use std::fs::read_to_string;
 use std::os::fd::AsFd;
 
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::config::{Keepalive, SocketOptions};
+
+/// Takes back what [`prepare`] sets in some sockets only, with the namespace's values as those of a
+/// new socket. Errors as setsockopt(2).
+pub fn reset(socket: &impl AsFd) -> Result<(), Errno> {
+    let of_namespace = |name| read_to_string(format!("/proc/sys/net/ipv4/tcp_keepalive_{name}"));
+    let value = |name| of_namespace(name).ok()?.trim().parse::<u32>().ok();
+    setsockopt(socket, sockopt::TcpUserTimeout, &0)?;
+    // Without /proc they stay as they are.
+    value("time").map_or(Ok(()), |s| setsockopt(socket, sockopt::TcpKeepIdle, &s))?;
+    value("intvl").map_or(Ok(()), |s| setsockopt(socket, sockopt::TcpKeepInterval, &s))?;
+    value("probes").map_or(Ok(()), |count| setsockopt(socket, sockopt::TcpKeepCount, &count))
+}
 
 /// Prepares a TCP socket: short messages are not delayed, an urgent byte keeps its place in the
 /// stream, a silent peer is probed. Errors as setsockopt(2).
@@ -25,4 +38,31 @@ pub fn prepare(socket: &impl AsFd, options: &SocketOptions) -> Result<(), Errno>
         setsockopt(socket, sockopt::TcpKeepCount, &count)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use nix::sys::socket::getsockopt;
+
+    use super::*;
+
+    #[test]
+    fn what_was_set_is_taken_back() {
+        let times = |socket: &TcpListener| {
+            let idle = getsockopt(socket, sockopt::TcpKeepIdle).expect("TCP");
+            let interval = getsockopt(socket, sockopt::TcpKeepInterval).expect("TCP");
+            let count = getsockopt(socket, sockopt::TcpKeepCount).expect("TCP");
+            let user_timeout = getsockopt(socket, sockopt::TcpUserTimeout).expect("TCP");
+            [idle, interval, count, user_timeout]
+        };
+        let socket = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let new = times(&socket);
+        let keepalive = Keepalive::Set { idle_s: 60, interval_s: 10, count: 6 };
+        prepare(&socket, &SocketOptions { keepalive, user_timeout_ms: 5000 }).expect("prepared");
+        assert_eq!(times(&socket), [60, 10, 6, 5000]);
+        reset(&socket).expect("reset");
+        assert_eq!(times(&socket), new);
+    }
 }

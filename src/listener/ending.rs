@@ -58,8 +58,7 @@ impl<'a> Ending<'a> {
         Ok(0)
     }
 
-    /// Hands over what waits, and closes the sockets it waited at. Returns whether some still has to
-    /// be.
+    /// Hands over what waits, and closes the sockets it waited at. Returns whether some is left.
     fn hand_over(&mut self) -> bool {
         self.serving.take_queues();
         self.serving.flush() || !self.serving.queues.is_empty()
