@@ -115,6 +115,8 @@ pub struct Crew {
     single: bool,
     /// What the workers accept from.
     listener: Option<OwnedFd>,
+    /// What they are to accept from instead, once there are descriptors for it.
+    next_listener: Option<OwnedFd>,
     /// Those who waited at others when they were to be closed, the oldest first.
     queues: Vec<Queue>,
     /// The workers are to be told when there are none.
@@ -136,6 +138,7 @@ impl Crew {
             ended: Vec::new(),
             single: seeds.iter().any(|seed| seed.settings.single),
             listener: None,
+            next_listener: None,
             queues: Vec::new(),
             is_draining: false,
         };
@@ -172,11 +175,21 @@ impl Crew {
 
     /// Has every worker accept from `listener`, and no longer from what it had before.
     pub fn listen(&mut self, listener: OwnedFd) -> Result<()> {
+        let copies = self.workers.iter().map(|_| listener.try_clone());
+        let copies = match copies.collect::<std::io::Result<Vec<_>>>() {
+            Ok(copies) => copies,
+            // There are too few descriptors now: tried again with the waiting clients.
+            Err(_) if self.listener.is_some() => {
+                self.next_listener = Some(listener);
+                return Ok(());
+            }
+            Err(error) => {
+                let text = format!("cannot copy the listening socket: {error}");
+                return Err(Error::new(Kind::Kernel, text));
+            }
+        };
         self.accepting = 0;
-        for worker in &self.workers {
-            let copy = listener.try_clone().map_err(|error| {
-                Error::new(Kind::Kernel, format!("cannot copy the listening socket: {error}"))
-            })?;
+        for (worker, copy) in self.workers.iter().zip(copies) {
             worker.tell(Command::Listen(copy));
         }
         // A single connection's socket is closed with the first client: no copy may keep it open.
@@ -221,8 +234,9 @@ impl Crew {
         for worker in &self.workers {
             worker.tell(Command::StopAccepting);
         }
-        let listener = self.listener.take();
-        self.close(listener);
+        for listener in [self.listener.take(), self.next_listener.take()] {
+            self.close(listener);
+        }
     }
 
     /// Takes those who wait at a socket that is not accepted from any more.
@@ -234,6 +248,11 @@ impl Crew {
 
     /// To be called again while there are [waiting clients](Self::has_waiting_clients).
     pub fn serve_queue(&mut self) {
+        if let Some(listener) = self.next_listener.take()
+            && self.listen(listener).is_err()
+        {
+            return;
+        }
         while let Some(queue) = self.queues.first_mut() {
             let have_room = self.workers.iter().filter(|worker| worker.load() < worker.limit);
             match (have_room.min_by_key(|worker| worker.load()), queue.has_more()) {
@@ -254,7 +273,7 @@ impl Crew {
 
     /// Whether there are clients for whom there is no room now.
     pub fn has_waiting_clients(&self) -> bool {
-        !self.queues.is_empty()
+        !self.queues.is_empty() || self.next_listener.is_some()
     }
 
     /// Whether a worker has failed, or all have ended: with their last or the only connection.

@@ -118,6 +118,11 @@ impl<'a> Serving<'a> {
                 self.drain(Some(Instant::now() + self.drain_timeout));
                 Ok(false)
             }
+            // What it has sent stays there until there are descriptors for it.
+            Err(Errno::EMFILE) => {
+                std::thread::sleep(PAUSE);
+                Ok(false)
+            }
             Err(errno) => Err(lost(errno)),
         }
     }
