@@ -65,7 +65,12 @@ pub fn worker_cpus(config: &Config, single: bool) -> Result<Vec<usize>> {
         }
     };
     // One connection is one worker's.
-    let count = if single { 1 } else { config.workers.unwrap_or(cpus.len()) };
+    let count = match (single, config.workers, &config.cpus) {
+        (true, ..) => 1,
+        (_, Some(workers), _) => workers,
+        (_, None, Some(_)) => cpus.len(),
+        (_, None, None) => Limits::workers(cpus.len()),
+    };
     Ok(cpus.iter().copied().cycle().take(count).collect())
 }
 

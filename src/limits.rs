@@ -41,6 +41,18 @@ fn open_descriptors() -> u64 {
 }
 
 impl Limits {
+    /// How many workers there are descriptors for, of `wanted`: not more than half of them go to
+    /// workers.
+    #[must_use]
+    pub fn workers(wanted: usize) -> usize {
+        Self::workers_of(raise_descriptor_limit(), open_descriptors(), wanted)
+    }
+
+    fn workers_of(descriptors: u64, open: u64, wanted: usize) -> usize {
+        let most = descriptors.saturating_sub(open + SPARE) / 2 / PER_WORKER;
+        wanted.min(usize::try_from(most).unwrap_or(usize::MAX)).max(1)
+    }
+
     /// Shares out what `workers` workers can have of this process's descriptors, or of a child's
     /// of it: `wanted` connections, or as many as there can be.
     ///
@@ -102,6 +114,14 @@ mod tests {
         // What is common for a service: it is to carry 9,000 connections, with pipes left.
         let common = Limits::new(20_000, 10, 2, None).expect("enough");
         assert_eq!((common.connections, common.pipes), (vec![4680, 4680], 312));
+    }
+
+    #[test]
+    fn workers_leave_descriptors_for_connections() {
+        assert_eq!(Limits::workers_of(64, 10, 2), 2);
+        assert_eq!(Limits::workers_of(64, 10, 128), 3);
+        assert_eq!(Limits::workers_of(12, 10, 2), 1);
+        assert_eq!(Limits::workers_of(1 << 20, 10, 128), 128);
     }
 
     #[test]
