@@ -8,9 +8,14 @@ mod support;
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::Signal;
-use nix::sys::socket::{Backlog, listen};
+use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
 use support::streams::{accept, bounded, connect};
 use support::{Exit, Forwarder, Launch, Netns, Process, eventually, namespaces};
 
@@ -134,6 +139,66 @@ fn a_half_closed_connection_has_a_limit_of_its_own() {
     drop((silent, busy));
     let summary = stage.stop().summary();
     assert_eq!(summary["errors"]["half-close timeout"], 1, "{summary}");
+}
+
+#[test]
+fn a_reset_does_not_wait_longer_for_a_reader_that_stopped() {
+    namespaces!(clients, targets);
+    let stage = Stage::new(clients, &targets, &[("--reset-timeout", "0.3")]);
+    let (mut client, mut server) = stage.connection();
+    // Until everything on the way is full.
+    client.set_nonblocking(true).unwrap();
+    let block = [7; 1 << 16];
+    let is_full = |client: &mut TcpStream| {
+        let since = Instant::now();
+        while since.elapsed() < Duration::from_millis(500) {
+            if client.write(&block).is_ok() {
+                return None;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        Some(())
+    };
+    eventually("all is full", || is_full(&mut client));
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    setsockopt(&client, sockopt::Linger, &linger).unwrap();
+    drop(client);
+    eventually("the reader that stopped is reset", || {
+        let mut fds = [PollFd::new(server.as_fd(), PollFlags::empty())];
+        poll(&mut fds, 0_u8).unwrap();
+        fds[0].revents().filter(|events| events.contains(PollFlags::POLLERR)).map(drop)
+    });
+    // What it had received is still there.
+    let mut received = 0;
+    let error = loop {
+        match server.read(&mut [0; 1 << 16]) {
+            Ok(length) => received += length,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset, "after {received} bytes");
+    assert!(received > 0);
+    let summary = stage.stop().summary();
+    assert_eq!((summary["failed"].as_u64(), summary["completed"].as_u64()), (Some(1), Some(0)));
+}
+
+#[test]
+fn a_target_that_cannot_be_reached_is_counted_by_what_was_said() {
+    // An address for documentation, to which there is no route.
+    namespaces!(clients, targets);
+    let forwarder = Launch::nsplice()
+        .listen_netns(&clients)
+        .connect_netns(&targets)
+        .listen(([127, 0, 0, 1], 0))
+        .connect(SocketAddr::from(([192, 0, 2, 1], 80)))
+        .start();
+    // It may be reset before an option of it could be set.
+    let mut client = clients.enter(|| TcpStream::connect(forwarder.address())).unwrap();
+    assert_reset(&mut client);
+    let exit = forwarder.stop();
+    let summary = exit.summary();
+    assert_eq!(summary["errors"]["connect ENETUNREACH"], 1, "{summary}");
+    assert_eq!(summary["failed"], 1, "{summary}");
 }
 
 #[test]
