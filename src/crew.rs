@@ -15,7 +15,7 @@ use crate::flow::End;
 use crate::handoff::Channel;
 use crate::log::Log;
 use crate::netns::OpenNetns;
-use crate::queue::Queue;
+use crate::queue::Queues;
 use crate::stats::Stats;
 use crate::sys::SharedCounters;
 use crate::worker::Settings;
@@ -117,8 +117,8 @@ pub struct Crew {
     listener: Option<OwnedFd>,
     /// What they are to accept from instead, once there are descriptors for it.
     next_listener: Option<OwnedFd>,
-    /// Those who waited at others when they were to be closed, the oldest first.
-    queues: Vec<Queue>,
+    /// Those who waited at others when they were to be closed.
+    queues: Queues,
     /// The workers are to be told when there are none.
     is_draining: bool,
 }
@@ -139,7 +139,7 @@ impl Crew {
             single: seeds.iter().any(|seed| seed.settings.single),
             listener: None,
             next_listener: None,
-            queues: Vec::new(),
+            queues: Queues::default(),
             is_draining: false,
         };
         for (index, seed) in seeds.into_iter().enumerate() {
@@ -195,7 +195,8 @@ impl Crew {
         // A single connection's socket is closed with the first client: no copy may keep it open.
         let before = self.listener.take();
         self.listener = (!self.single).then_some(listener);
-        self.close(before);
+        before.into_iter().for_each(|listener| self.queues.add(listener));
+        self.serve_queue();
         Ok(())
     }
 
@@ -234,15 +235,8 @@ impl Crew {
         for worker in &self.workers {
             worker.tell(Command::StopAccepting);
         }
-        for listener in [self.listener.take(), self.next_listener.take()] {
-            self.close(listener);
-        }
-    }
-
-    /// Takes those who wait at a socket that is not accepted from any more.
-    fn close(&mut self, listener: Option<OwnedFd>) {
-        // A socket that is not to be had any more has nobody waiting.
-        self.queues.extend(listener.and_then(|listener| Queue::new(listener).ok()));
+        let listeners = [self.listener.take(), self.next_listener.take()];
+        listeners.into_iter().flatten().for_each(|listener| self.queues.add(listener));
         self.serve_queue();
     }
 
@@ -253,16 +247,11 @@ impl Crew {
         {
             return;
         }
-        while let Some(queue) = self.queues.first_mut() {
+        while !self.queues.is_empty() {
             let have_room = self.workers.iter().filter(|worker| worker.load() < worker.limit);
-            match (have_room.min_by_key(|worker| worker.load()), queue.has_more()) {
-                (None, true) => return,
-                (Some(worker), true) => match queue.take() {
-                    Ok(client) => client.into_iter().for_each(|client| worker.give(client)),
-                    Err(_) => return,
-                },
-                (_, false) => drop(self.queues.remove(0)),
-            }
+            let Some(worker) = have_room.min_by_key(|worker| worker.load()) else { return };
+            let Ok(client) = self.queues.take() else { return };
+            client.into_iter().for_each(|client| worker.give(client));
         }
         if std::mem::take(&mut self.is_draining) {
             for worker in &self.workers {

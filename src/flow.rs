@@ -312,12 +312,12 @@ impl Flow {
             return Some(Action::Release(side));
         }
         if half.is_at_end() {
-            // An alarm is no failure here: had the stream not ended before it, reading would have
-            // told the failure and not the end.
             // A sink that has failed hears of no end; its failure is passed on instead.
             if self.alarmed[sink.index()] {
                 return None;
             }
+            // The source's alarm is no failure here: had the stream not ended before it, reading
+            // would have told the failure and not the end.
             if self.failed[side.index()].is_none() && half.shut() {
                 return Some(Action::Shutdown(sink));
             }

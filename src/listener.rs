@@ -23,7 +23,7 @@ use crate::limits::Limits;
 use crate::log;
 use crate::netns::{self, Follower};
 use crate::process::{ListenPart, Wake, wait_any};
-use crate::queue::Queue;
+use crate::queue::Queues;
 use crate::socket::{prepare, reset};
 use crate::sys::{SharedCounters, listen, set_nonblocking};
 use crate::takeover::{Answer, Takeover};
@@ -78,7 +78,7 @@ pub fn run(part: Part) -> Result<u8> {
         handoff: part.handoff,
         config: part.config,
         listener: None,
-        queues: Vec::new(),
+        queues: Queues::default(),
         outboxes: part.outboxes,
         ended: part.ended,
         follower: None,
@@ -198,8 +198,8 @@ struct Serving<'a> {
     /// What connections are accepted from here; or, when the connector accepts them, a copy for
     /// the process that may take over.
     listener: Option<OwnedFd>,
-    /// Clients who wait at sockets that are not accepted from any more, the oldest first.
-    queues: Vec<Queue>,
+    /// Clients who wait at sockets that are not accepted from any more.
+    queues: Queues,
     outboxes: Vec<Outbox>,
     ended: SharedCounters,
     follower: Option<Follower>,
@@ -270,39 +270,34 @@ impl Serving<'_> {
                 })?;
                 match self.listener.replace(listener) {
                     None => send(self.control, Message::Start, &[])?,
-                    // A socket that is not to be had any more has nobody waiting.
-                    Some(before) => self.queues.extend(Queue::new(before)),
+                    Some(before) => self.queues.add(before),
                 }
             }
         }
         Ok(address)
     }
 
-    /// Takes those who wait in the queues, as far as there is room for them.
-    fn take_queues(&mut self) {
-        while let Some(queue) = self.queues.first_mut() {
-            if !queue.has_more() {
-                self.queues.remove(0);
-                continue;
-            }
+    /// Takes those who wait in the queues, as far as there is room for them. Returns whether some
+    /// are left.
+    fn take_queues(&mut self) -> bool {
+        while !self.queues.is_empty() {
             if !have_room(&self.outboxes, &self.ended) {
-                return;
+                return true;
             }
-            match queue.take() {
-                Ok(Some(client)) => give(client, &mut self.outboxes, &self.ended),
-                Ok(None) => {}
-                Err(_) => return,
-            }
+            let Ok(client) = self.queues.take() else { return true };
+            let give = |client| give(client, &mut self.outboxes, &self.ended);
+            client.into_iter().for_each(give);
         }
+        false
     }
 
     fn serve(mut self) -> Result<u8> {
         let mut paused = false;
         let mut failures = log::Failures::default();
         loop {
-            self.take_queues();
+            let are_waiting = self.take_queues();
             let blocked = self.flush();
-            let is_waiting = blocked || paused || !self.queues.is_empty();
+            let is_waiting = blocked || paused || are_waiting;
             let may_accept = !is_waiting && have_room(&self.outboxes, &self.ended);
             let timeout =
                 if is_waiting { PAUSE_MS.into() } else { Follower::timeout(&self.follower) };
@@ -321,8 +316,9 @@ impl Serving<'_> {
             if let Err(error) = self.follow() {
                 return self.end(Err(error));
             }
-            if let Some(listener) =
-                self.listener.as_ref().filter(|_| !blocked && self.queues.is_empty())
+            // Those who wait in the queues come first; one may have been added just now.
+            let may_accept = !blocked && self.queues.is_empty();
+            if let Some(listener) = self.listener.as_ref().filter(|_| may_accept)
                 && self.handoff == Handoff::Connections
             {
                 let result = accept_batch(listener, &mut self.outboxes, &self.ended);

@@ -1,6 +1,7 @@
 //! Clients that wait at a listening socket that is about to be closed: they are connected already,
 //! and closing would reset them.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -24,11 +25,6 @@ impl Queue {
         Ok(Self { listener, left })
     }
 
-    /// Whether there may be clients left.
-    pub fn has_more(&self) -> bool {
-        self.left > 0
-    }
-
     /// The next client; `None`: there is none left. Errors as accept(2), without EAGAIN: the system
     /// has run out of something, and the client still waits.
     pub fn take(&mut self) -> Result<Option<OwnedFd>, Errno> {
@@ -41,6 +37,37 @@ impl Queue {
                 Err(Errno::EAGAIN) => self.left = 0,
                 Err(Errno::EINTR | Errno::ECONNABORTED) => {}
                 Err(errno) => return Err(errno),
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Those who wait at several sockets, the oldest first. A socket where nobody is left is closed.
+#[derive(Debug, Default)]
+pub struct Queues(VecDeque<Queue>);
+
+impl Queues {
+    /// Adds those who wait at `listener` now.
+    pub fn add(&mut self, listener: OwnedFd) {
+        // A socket that is not to be had any more has nobody waiting.
+        self.0.extend(Queue::new(listener).ok().filter(|queue| queue.left > 0));
+    }
+
+    /// Whether nobody is left.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The next client; `None`: there is none left. Errors as [`Queue::take`].
+    pub fn take(&mut self) -> Result<Option<OwnedFd>, Errno> {
+        while let Some(queue) = self.0.front_mut() {
+            let client = queue.take()?;
+            if queue.left == 0 {
+                self.0.pop_front();
+            }
+            if client.is_some() {
+                return Ok(client);
             }
         }
         Ok(None)

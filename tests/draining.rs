@@ -7,14 +7,12 @@ mod support;
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
 use std::thread;
 use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use support::streams::{accept, connect};
+use support::streams::{accept, connect, is_next};
 use support::{Exit, Forwarder, Launch, Netns, Process, eventually, namespaces};
 
 /// Longer than any test.
@@ -38,34 +36,35 @@ struct Stage {
 
 impl Stage {
     fn new(clients: Netns, targets: &Netns, handoff: &str, drain_timeout: &str) -> Self {
-        let server = targets.listen("127.0.0.1:0");
-        let forwarder = Launch::nsplice()
-            .option("--handoff", handoff)
-            .option("--drain-timeout", drain_timeout)
-            .listen_netns(&clients)
-            .connect_netns(targets)
-            .listen(([127, 0, 0, 1], 0))
-            .connect(server.local_addr().unwrap())
-            .start();
-        Self { clients, server, forwarder }
+        let with = |launch: Launch| launch.option("--drain-timeout", drain_timeout);
+        Self::with(clients, targets, handoff, with)
     }
 
     /// With room for some only: as many as it is told, or as there are descriptors for.
     fn limited(clients: Netns, targets: &Netns, handoff: &str, descriptors: Option<u64>) -> Self {
+        Self::with(clients, targets, handoff, |launch| {
+            let launch = launch.option("--workers", "2").option("--drain-timeout", LONG);
+            match descriptors {
+                Some(descriptors) => launch.descriptors(descriptors),
+                None => launch.option("--max-connections", "20"),
+            }
+        })
+    }
+
+    fn with(
+        clients: Netns,
+        targets: &Netns,
+        handoff: &str,
+        options: impl FnOnce(Launch) -> Launch,
+    ) -> Self {
         let server = targets.listen("127.0.0.1:0");
         let launch = Launch::nsplice()
             .option("--handoff", handoff)
-            .option("--workers", "2")
-            .option("--drain-timeout", LONG)
             .listen_netns(&clients)
             .connect_netns(targets)
             .listen(([127, 0, 0, 1], 0))
             .connect(server.local_addr().unwrap());
-        let launch = match descriptors {
-            Some(descriptors) => launch.descriptors(descriptors),
-            None => launch.option("--max-connections", "20"),
-        };
-        Self { clients, server, forwarder: launch.start() }
+        Self { clients, server, forwarder: options(launch).start() }
     }
 
     fn connection(&self) -> (TcpStream, TcpStream) {
@@ -89,11 +88,6 @@ impl Stage {
         let port = self.forwarder.address().port();
         eventually("nobody listens any more", || (!self.clients.listens(port)).then_some(()));
     }
-}
-
-/// Whether a connection waits for its server, within `ms` milliseconds.
-fn is_next(server: &TcpListener, ms: u16) -> bool {
-    poll(&mut [PollFd::new(server.as_fd(), PollFlags::POLLIN)], ms).unwrap() > 0
 }
 
 #[track_caller]

@@ -10,16 +10,14 @@ mod crowd;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crowd::Crowd;
 use nix::libc;
-use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
-use support::streams::{accept, connect};
+use support::streams::{accept, connect, is_next};
 use support::{Forwarder, Launch, Netns, Process, TempDir, eventually, namespaces, skip};
 
 const HANDOFFS: [&str; 2] = ["socket", "connections"];
@@ -178,12 +176,6 @@ fn who_may_not_have_pipes_copies_and_loses_nothing() {
     assert_eq!(summary["completed"], CONNECTIONS, "{summary}");
     let missing = ["no_pipe", "small_pipes"].map(|name| summary[name].as_u64().unwrap());
     assert!(missing.iter().sum::<u64>() > 0, "{summary}");
-}
-
-/// Whether a client waits at `server`, or comes within `ms` milliseconds.
-fn is_next(server: &TcpListener, ms: u16) -> bool {
-    let mut fds = [PollFd::new(server.as_fd(), PollFlags::POLLIN)];
-    poll(&mut fds, ms).unwrap() > 0
 }
 
 /// `None`: the connection was reset.

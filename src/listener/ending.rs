@@ -9,7 +9,6 @@ use crate::config::Handoff;
 use crate::error::Result;
 use crate::handoff::Message;
 use crate::process::Wake;
-use crate::queue::Queue;
 
 /// Signals that come within this time of the first are repetitions of it, not impatience: some
 /// programs signal a process and then its group, and both processes tell.
@@ -28,8 +27,7 @@ impl<'a> Ending<'a> {
     pub(super) fn ordered(mut serving: Serving<'a>, time: Duration) -> Self {
         // Those who wait at a socket that the connector accepts from are its business.
         let listener = serving.listener.take().filter(|_| serving.handoff == Handoff::Connections);
-        // A socket that is not to be had any more has nobody waiting.
-        serving.queues.extend(listener.and_then(|listener| Queue::new(listener).ok()));
+        listener.into_iter().for_each(|listener| serving.queues.add(listener));
         let now = Instant::now();
         Self { serving, ordered: Some(now), deadline: Some(now + time) }
     }
@@ -60,8 +58,8 @@ impl<'a> Ending<'a> {
 
     /// Hands over what waits, and closes the sockets it waited at. Returns whether some is left.
     fn hand_over(&mut self) -> bool {
-        self.serving.take_queues();
-        self.serving.flush() || !self.serving.queues.is_empty()
+        let are_waiting = self.serving.take_queues();
+        self.serving.flush() || are_waiting
     }
 
     /// Waits until something happens, for `timeout` at most; whether that is the end.

@@ -9,7 +9,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::LazyLock;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 
 use super::PATIENCE;
 
@@ -127,11 +127,16 @@ pub fn connect(address: SocketAddr) -> TcpStream {
     bounded(TcpStream::connect_timeout(&address, PATIENCE).unwrap())
 }
 
+/// Whether a client waits at `server`, or comes within `ms` milliseconds.
+pub fn is_next(server: &TcpListener, ms: u16) -> bool {
+    let mut fds = [PollFd::new(server.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, ms).unwrap() > 0
+}
+
 /// Takes the next connection, in a limited time.
 pub fn accept(listener: &TcpListener) -> TcpStream {
-    let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
-    let ready = poll(&mut fds, PollTimeout::try_from(PATIENCE).unwrap()).unwrap();
-    assert!(ready > 0, "no connection arrives within {PATIENCE:?}");
+    let ms = PATIENCE.as_millis().try_into().unwrap();
+    assert!(is_next(listener, ms), "no connection arrives within {PATIENCE:?}");
     bounded(listener.accept().unwrap().0)
 }
 
