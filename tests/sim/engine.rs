@@ -252,8 +252,8 @@ impl Engine for FakeEngine {
         let mut world = self.world();
         let result = world.fill(socket.id, pipe.id, u64::from(len));
         trace!(world, "fill pipe {} from socket {}: {len}: {result:?}", pipe.id, socket.id);
-        // A fill of nothing is no end.
-        // What is behind an urgent mark can still be received.
+        // A fill of nothing is no end, and a failure it tells not always the last there is to
+        // read: what is behind an urgent mark can still be received.
         if let Err(errno) = result {
             world.told_error(socket.id, errno);
         }
