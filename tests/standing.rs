@@ -7,6 +7,8 @@ mod support;
 
 #[path = "standing/crowd.rs"]
 mod crowd;
+#[path = "standing/forged.rs"]
+mod forged;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -226,6 +228,25 @@ fn without_a_port_to_connect_from_clients_are_reset_until_there_is_one() {
     eventually("there is a port again", || connection().map(drop));
     let summary = forwarder.stop().summary();
     assert!(summary["errors"]["connect EADDRNOTAVAIL"].as_u64() >= Some(2), "{summary}");
+}
+
+#[test]
+fn an_urgent_byte_ahead_of_what_is_missing_costs_nothing() {
+    namespaces!(clients, targets);
+    let server = server(&targets);
+    let forwarder = launch(&clients, &targets, &server, "socket").start();
+    let mut client = clients.enter(|| connect(forwarder.address()));
+    let mut target = accept(&server);
+    // TCP announces the byte to who waits for something to read, and nothing can be read.
+    forged::urgent_behind_a_gap(&clients, &client, 5);
+    assert_quiet(&forwarder, 2);
+    client.write_all(b"hello").unwrap();
+    let mut message = [0; 5];
+    target.read_exact(&mut message).unwrap();
+    assert_eq!(&message, b"hello");
+    // The client knows nothing of the byte, so the connection is not to be used any more.
+    drop((client, target));
+    forwarder.stop().assert_clean();
 }
 
 #[test]
