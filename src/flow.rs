@@ -9,7 +9,8 @@
 //! Promises, each checked by `tests/sim.rs`:
 //! - bytes leave a half in the order they came in, and all of them before its end is passed on;
 //! - at most one request of each [`Op`] is in flight, and none when the flow asks to be closed;
-//! - a socket that failed makes the *other* one be reset, after what it had sent was delivered.
+//! - a socket that failed makes the *other* one be reset, after what it had sent was delivered;
+//! - a stream that is not passed on whole ends with a reset.
 //!
 //! It must not know: descriptors, system calls, clocks, engines, buffers' addresses.
 
@@ -175,6 +176,10 @@ impl Flow {
                 self.note(half, outcome);
             }
             Event::SendUrgent { half, result } => self.on_delivered(half, result.map(|()| 1)),
+            Event::Failure { side, errno } => {
+                // Another request was told, and is late.
+                self.note(side, Err(errno.unwrap_or(Errno::ECONNRESET)));
+            }
             Event::Unsent { bytes: 0 } => self.grace_left_ms = 0,
             Event::Unsent { .. } => {}
             Event::Pipe { half, capacity } => self.halves[half.index()].on_pipe(capacity),
@@ -380,7 +385,7 @@ mod tests {
         assert!(actions(flow).contains(&Action::Cancel(Op::Watch(half))));
         flow.on(Event::Watched { side: half, writable: false, failed: false, armed: false });
         flow.on(Event::Paused);
-        assert_eq!(actions(flow), [Action::Close { reset: [true, false] }]);
+        assert_eq!(actions(flow), [Action::Close { reset: [true, true] }]);
         assert_eq!(flow.end(), Some(End::Failed(half, Errno::ECONNRESET)));
     }
 }

@@ -113,7 +113,11 @@ struct Shadow {
     cancelled: Vec<Op>,
     grace_left_ms: u32,
     connected: bool,
+    /// By side: the socket was told to have failed.
+    failed: [bool; 2],
     waits_for_turn: bool,
+    /// Bytes were thrown away: all that may come is the end.
+    has_given_up: bool,
     stopped: bool,
     closed: bool,
 }
@@ -135,7 +139,9 @@ impl Shadow {
             cancelled: Vec::new(),
             grace_left_ms,
             connected: !connecting,
+            failed: [false; 2],
             waits_for_turn: false,
+            has_given_up: false,
             stopped: false,
             closed: false,
         }
@@ -166,6 +172,8 @@ impl Shadow {
 
     fn act(&mut self, action: Action, input: &mut Input) {
         assert!(!self.closed, "{action:?} after Close");
+        let is_last = matches!(action, Action::Release(_) | Action::Close { .. });
+        assert!(is_last || !self.has_given_up, "{action:?} after bytes were thrown away");
         match action {
             Action::Start(op) => self.start(op),
             Action::Cancel(op) => {
@@ -220,11 +228,14 @@ impl Shadow {
     }
 
     fn release(&mut self, half: Side) {
-        let ending = self.stopped || !self.cancelled.is_empty() || self.in_flight.is_empty();
         let holds = std::mem::replace(&mut self.half(half).holds, Holds::Nothing);
         match holds {
             Holds::Buffer { pending } | Holds::Pipe { pending, .. } => {
+                self.has_given_up |= pending > 0;
+                let ending = self.stopped || self.failed != [false; 2];
                 assert!(pending == 0 || ending, "{pending} bytes are thrown away");
+                let is_idle = self.in_flight.is_empty();
+                assert!(pending == 0 || is_idle, "{pending} bytes are thrown away, and others not");
             }
             Holds::Nothing | Holds::Urgent(_) => panic!("{holds:?} is given back"),
         }
@@ -239,20 +250,31 @@ impl Shadow {
             let held = matches!(half.holds, Holds::Buffer { .. } | Holds::Pipe { .. });
             assert!(!held, "closed with {:?}", half.holds);
         }
-        let wanted = match self.flow.end() {
+        let is_whole = Side::BOTH.map(|side| self.halves[(!side).index()].shut);
+        match self.flow.end() {
             Some(End::Complete) => {
-                assert!(self.halves.iter().all(|half| half.shut), "complete, with ends kept back");
-                [false; 2]
+                assert_eq!(is_whole, [true; 2], "complete, with ends kept back");
+                assert_eq!(reset, [false; 2], "complete");
+            }
+            Some(End::Failed(side, _)) => {
+                assert!(self.failed[side.index()], "{side:?} has not failed");
+                assert!(reset[(!side).index()], "{side:?} has failed, and nobody hears of it");
+                assert!(
+                    reset[side.index()] || is_whole[side.index()],
+                    "{side:?}, which has failed"
+                );
             }
             // All that is not passed on whole is cut, and looks like it.
-            Some(End::Stopped | End::Expired(_)) => {
-                Side::BOTH.map(|side| !self.halves[(!side).index()].shut)
-            }
-            Some(End::ConnectFailed(_)) => [true, false],
-            Some(End::Failed(side, _)) => Side::BOTH.map(|other| other != side),
+            Some(_) => assert!(reset.iter().zip(is_whole).all(|(reset, whole)| reset | whole)),
             None => panic!("closed, and not ended"),
-        };
-        assert_eq!(reset, wanted, "{:?}", self.flow.end());
+        }
+    }
+
+    /// A socket told an error; whether that was a failure, and not one of `nuisances`.
+    fn told(&mut self, side: Side, errno: Errno, nuisances: &[Errno]) -> bool {
+        let has_failed = !nuisances.contains(&errno);
+        self.failed[side.index()] |= has_failed;
+        has_failed
     }
 
     fn answer(&mut self, question: Question, input: &mut Input) -> Event {
@@ -274,8 +296,11 @@ impl Shadow {
                 assert!(0 < len && len <= capacity, "fills {len} of {capacity}");
                 let result = input.moved(len);
                 self.half(half).next = Next::Unknown;
-                if let Ok(moved) = result {
-                    self.half(half).holds = Holds::Pipe { capacity, pending: moved };
+                match result {
+                    Ok(moved) => self.half(half).holds = Holds::Pipe { capacity, pending: moved },
+                    Err(errno) => {
+                        self.told(half, errno, &[Errno::EAGAIN, Errno::EINTR, Errno::ENOMEM]);
+                    }
                 }
                 Event::Fill { half, result }
             }
@@ -307,7 +332,9 @@ impl Shadow {
                     Ok(Some(byte)) => self.half(half).holds = Holds::Urgent(byte),
                     // The stream has ended at the mark.
                     Ok(None) => self.half(half).next = Next::Ordinary,
-                    Err(_) => {}
+                    Err(errno) => {
+                        self.told(half, errno, &[Errno::EAGAIN, Errno::EINTR]);
+                    }
                 }
                 Event::TakeUrgent { half, byte }
             }
@@ -319,14 +346,19 @@ impl Shadow {
                 self.delivered(half, result.map(|()| 1));
                 Event::SendUrgent { half, result }
             }
+            Question::Failure(side) => {
+                assert!(self.failed[side.index()], "{side:?} has not failed");
+                Event::Failure { side, errno: input.bit().then(|| input.errno()) }
+            }
             Question::Unsent(_) => Event::Unsent { bytes: input.byte().map_or(0, u32::from) },
         }
     }
 
     fn delivered(&mut self, half: Side, result: Result<u32, Errno>) {
+        let nuisances = [Errno::EAGAIN, Errno::EINTR, Errno::ECANCELED];
+        let has_failed = result.is_err_and(|errno| self.told(!half, errno, &nuisances));
         let half = self.half(half);
-        half.sink_failed |= result
-            .is_err_and(|errno| !matches!(errno, Errno::EAGAIN | Errno::EINTR | Errno::ECANCELED));
+        half.sink_failed |= has_failed;
         let Ok(moved) = result else { return };
         half.delivered_bytes += u64::from(moved);
         match &mut half.holds {
@@ -375,6 +407,7 @@ impl Shadow {
                 let reset = matches!(result, Err(Errno::ECONNRESET | Errno::EPIPE));
                 self.connected |= result.is_ok() || reset;
                 self.half(Side::Listen).sink_failed |= reset;
+                self.failed[Side::Connect.index()] |= reset;
                 Event::Connected(result)
             }
             Op::Recv(half) => {
@@ -383,7 +416,11 @@ impl Shadow {
                 match result {
                     Ok(0) => self.half(half).at_end = true,
                     Ok(pending) => self.half(half).holds = Holds::Buffer { pending },
-                    Err(_) => {}
+                    Err(errno) => {
+                        let nuisances =
+                            [Errno::EAGAIN, Errno::EINTR, Errno::ECANCELED, Errno::ENOBUFS];
+                        self.told(half, errno, &nuisances);
+                    }
                 }
                 Event::Received { half, result, more: input.bit() }
             }
@@ -407,6 +444,7 @@ impl Shadow {
                 let bits = input.byte().unwrap_or(0);
                 let (writable, failed) = (bits & 1 == 1, bits & 6 == 6);
                 let armed = bits & 8 == 0 && !self.cancelled.contains(&op);
+                self.failed[side.index()] |= failed;
                 Event::Watched { side, writable, failed, armed }
             }
             Op::Pause => Event::Paused,

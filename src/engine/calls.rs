@@ -48,6 +48,10 @@ pub(super) fn send_urgent(socket: &OwnedFd, byte: u8) -> Result<(), Errno> {
     net::send(socket.as_raw_fd(), &[byte], flags).map(drop)
 }
 
+pub(super) fn failure(socket: &OwnedFd) -> Option<Errno> {
+    crate::sys::take_error(socket.as_raw_fd()).err()
+}
+
 pub(super) fn unsent(socket: &OwnedFd) -> u32 {
     crate::sys::unsent(socket).unwrap_or(0)
 }

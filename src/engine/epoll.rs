@@ -282,6 +282,10 @@ impl Engine for Epoll {
         calls::send_urgent(socket, byte)
     }
 
+    fn failure(&self, socket: &OwnedFd) -> Option<Errno> {
+        calls::failure(socket)
+    }
+
     fn unsent(&self, socket: &OwnedFd) -> u32 {
         calls::unsent(socket)
     }

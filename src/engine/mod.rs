@@ -219,6 +219,8 @@ pub trait Engine {
     fn send_urgent(&mut self, socket: &Self::Socket, byte: u8) -> Result<(), Errno>;
     /// Bytes sent that the peer has not acknowledged; 0 if that cannot be known.
     fn unsent(&self, socket: &Self::Socket) -> u32;
+    /// The failure that no request has been told of, which none is told of any more.
+    fn failure(&self, socket: &Self::Socket) -> Option<Errno>;
     /// Who is at the other end, if the socket still knows.
     fn peer(&self, socket: &Self::Socket) -> Option<SockaddrStorage>;
     /// Gives a buffer back.

@@ -286,6 +286,10 @@ impl Engine for Uring {
         calls::send_urgent(socket, byte)
     }
 
+    fn failure(&self, socket: &OwnedFd) -> Option<Errno> {
+        calls::failure(socket)
+    }
+
     fn unsent(&self, socket: &OwnedFd) -> u32 {
         calls::unsent(socket)
     }

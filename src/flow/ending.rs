@@ -42,28 +42,27 @@ impl Flow {
             self.terminate(End::Complete);
             return self.next();
         }
-        let troubled = |side: &Side| self.trouble(*side).is_some();
-        let side = Side::BOTH.into_iter().find(troubled)?;
-        let hopeless = self.trouble(!side).is_some() || self.grace_left_ms == 0;
-        let drained = self.halves[side.index()].is_drained();
-        match self.trouble(side) {
-            Some(errno) if hopeless => {
-                self.terminate(End::Failed(side, errno));
-                self.next()
-            }
-            // What the failed socket had sent is to arrive before the reset, which would purge it.
-            _ if drained && !self.asked_unsent => {
-                self.asked_unsent = true;
-                ask(Question::Unsent(!side))
-            }
-            _ => self.start(Op::Pause),
+        let side = Side::BOTH.into_iter().find(|&side| self.is_troubled(side))?;
+        let hopeless = self.is_troubled(!side) || self.grace_left_ms == 0;
+        if hopeless {
+            // A watch tells that a socket failed, and not how.
+            let Some(errno) = self.failed[side.index()] else {
+                return ask(Question::Failure(side));
+            };
+            self.terminate(End::Failed(side, errno));
+            return self.next();
         }
+        // What the failed socket had sent is to arrive before the reset, which would purge it.
+        if self.halves[side.index()].is_drained() && !self.asked_unsent {
+            self.asked_unsent = true;
+            return ask(Question::Unsent(!side));
+        }
+        self.start(Op::Pause)
     }
 
-    /// How the side's socket failed, if it did.
-    fn trouble(&self, side: Side) -> Option<Errno> {
-        let alarm = self.alarmed[side.index()].then_some(Errno::ECONNRESET);
-        self.failed[side.index()].or(alarm)
+    /// Whether the side's socket failed.
+    fn is_troubled(&self, side: Side) -> bool {
+        self.failed[side.index()].is_some() || self.alarmed[side.index()]
     }
 
     pub(super) fn next_closing(&mut self, end: End) -> Option<Action> {
@@ -88,12 +87,9 @@ impl Flow {
         // A stream that is cut must not look like one that has ended; one that has ended was
         // passed on whole, and a reset would take back what is still on its way.
         let is_cut = |side: Side| !self.halves[(!side).index()].is_shut();
-        let reset = match end {
-            End::ConnectFailed(_) => [true, false],
-            End::Failed(side, _) => Side::BOTH.map(|other| other != side),
-            End::Stopped | End::Expired(_) => Side::BOTH.map(is_cut),
-            End::Complete => [false, false],
-        };
+        // The first also holds for a socket that failed: the kernel may have refused a request.
+        let hears_of_failure = |side: Side| end != End::Complete && self.is_troubled(!side);
+        let reset = Side::BOTH.map(|side| is_cut(side) || hears_of_failure(side));
         Some(Action::Close { reset })
     }
 }

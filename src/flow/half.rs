@@ -266,6 +266,7 @@ impl Half {
                 self.source = if len < *capacity { Source::Unknown } else { Source::Ready };
             }
             Err(Errno::EINTR) => {}
+            Err(Errno::ENOMEM) => self.doubt(),
             // Readiness was reported, and there is nothing to splice.
             Err(Errno::EAGAIN) if self.delivered_bytes == self.delivered_at_wait => self.doubt(),
             Err(Errno::EAGAIN) => self.source = Source::Unknown,
@@ -280,7 +281,7 @@ impl Half {
     }
 
     /// The next read is a receive, once it is known that it does not meet an urgent byte: splice
-    /// moved nothing although there is something (kernel-fact 5), or cannot be used.
+    /// moved nothing although there is something (tests/kernel/urgent.rs), or cannot be used.
     fn doubt(&mut self) {
         self.source = Source::Doubtful;
         self.must_recv = true;

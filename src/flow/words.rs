@@ -147,6 +147,8 @@ pub enum Question {
     },
     /// How much has the peer of this side's socket not acknowledged?
     Unsent(Side),
+    /// How has this side's socket failed? To be asked once, and nothing afterwards.
+    Failure(Side),
 }
 
 /// What happened.
@@ -210,6 +212,13 @@ pub enum Event {
         half: Side,
         /// Whether the sink took it.
         result: Result<(), Errno>,
+    },
+    /// Answers [`Question::Failure`].
+    Failure {
+        /// The side.
+        side: Side,
+        /// The error; `None`: there is none that was not told before.
+        errno: Option<Errno>,
     },
     /// Answers [`Question::Unsent`].
     Unsent {

@@ -142,6 +142,7 @@ impl<E: Engine> Tenant<E> {
             Question::SendUrgent { half, byte } => {
                 Event::SendUrgent { half, result: engine.send_urgent(sink(half), byte) }
             }
+            Question::Failure(side) => Event::Failure { side, errno: engine.failure(source(side)) },
             Question::Unsent(side) => Event::Unsent { bytes: engine.unsent(source(side)) },
         }
     }

@@ -156,30 +156,32 @@ impl World {
             assert!(self.is_stopping || self.plan.single, "client {socket} is turned away");
             return;
         }
-        let source = &self.sockets[other(socket)];
-        if self.is_cut(socket / 2) {
-            let is_shut = self.sockets[socket].is_shut;
-            assert!(!is_shut || source.rst, "socket {socket} is reset after its end");
+        let (own, source) = (&self.sockets[socket], &self.sockets[other(socket)]);
+        let is_shut = own.is_shut;
+        assert!(!is_shut || source.is_faulty(), "socket {socket} is reset after its end");
+        // What went wrong with it itself, and what is not to look like an end.
+        if self.is_cut(socket / 2) || own.is_known_to_have_failed() {
             return;
         }
         let is_connecting = connection.stage == Stage::Served && !connection.is_open;
         if is_connecting && side(socket) == Side::Connect {
-            assert!(source.told_by_watch, "target {socket} is reset without a reason");
+            let is_in_vain = source.told_by_watch || connection.told_unreachable.is_some();
+            assert!(is_in_vain, "target {socket} is reset without a reason");
             return;
         }
         if connection.stage == Stage::Refused || connection.told_unreachable.is_some() {
-            assert!(side(socket) == Side::Listen, "the target is reset, not the client");
             return;
         }
-        assert!(source.rst, "socket {socket} is reset, but the other one has not failed");
+        let has_failed = source.is_faulty();
+        assert!(has_failed, "socket {socket} is reset, but the other one has not failed");
         let is_known = source.is_known_to_have_failed();
         assert!(is_known, "socket {socket} is reset, but the worker cannot know a reason");
         let is_grace_over = connection.paused_ms >= u64::from(self.plan.grace_ms);
-        let Socket { rst, taken, .. } = self.sockets[socket];
-        if !rst && !is_grace_over {
-            let len = source.arrived;
-            let is_passed_on = self.is_passed_on(other(socket));
-            assert!(is_passed_on, "socket {socket} is reset with {taken} bytes of {len}");
+        let Socket { taken, .. } = *own;
+        if !own.rst && !is_grace_over {
+            // A source whose request was refused is read no more, whatever still arrives.
+            let len = if source.was_refused { source.read } else { source.arrived };
+            assert!(taken == len, "socket {socket} is reset with {taken} bytes of {len}");
             let unsent = self.unsent(socket);
             assert!(unsent == 0, "socket {socket} is reset with {unsent} bytes unsent");
         }
@@ -218,12 +220,22 @@ impl World {
             "connection {connection} is closed before its end"
         );
         let is_told_twice = client.is_reset && target.is_reset;
-        assert!(!is_told_twice || self.is_cut(connection), "both ends of {connection} are reset");
+        let has_failed = client.is_faulty() || target.is_faulty();
+        let was_open = self.connections[connection].is_open;
+        let may_be = has_failed || !was_open || self.is_cut(connection);
+        assert!(!is_told_twice || may_be, "both ends of {connection} are reset");
+        // A reset is not less of one when it comes after the end of what the other end had to say.
+        let is_over = client.is_shut && target.is_shut;
+        for (socket, other) in [(client, target), (target, client)] {
+            let hears = other.is_reset || other.rst || is_over || self.is_cut(connection);
+            let has_failed = socket.is_known_to_have_failed();
+            assert!(hears || !has_failed || !was_open, "{connection}: a failure is not passed on");
+        }
         let has_word = |socket: &Socket| socket.is_reset || socket.is_shut || socket.rst;
-        assert!(
-            self.connections[connection].connected != Some(Ok(())) || has_word(client),
-            "the client of {connection} is told nothing"
-        );
+        if self.connections[connection].connected == Some(Ok(())) {
+            assert!(has_word(client), "the client of {connection} is told nothing");
+            assert!(has_word(target), "the target of {connection} is told nothing");
+        }
     }
 }
 

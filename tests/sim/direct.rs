@@ -25,7 +25,7 @@ impl World {
     pub fn fill(&mut self, socket: usize, pipe: usize, len: u64) -> Result<u32, Errno> {
         self.check_fill(socket, pipe, len);
         if self.mishap() {
-            return Err(self.rng.pick(&[Errno::EINTR, Errno::EAGAIN]));
+            return Err(self.rng.pick(&[Errno::EINTR, Errno::EAGAIN, Errno::ENOMEM]));
         }
         let available = if self.sockets[socket].is_next_urgent() {
             self.fill_at_mark(socket)?
@@ -43,7 +43,7 @@ impl World {
         Ok(moved as u32)
     }
 
-    /// At an urgent mark splice(2) finds nothing (kernel-fact 5), or a failure that waits.
+    /// At an urgent mark splice(2) finds nothing (tests/kernel/urgent.rs), or a failure that waits.
     fn fill_at_mark(&mut self, socket: usize) -> Result<u64, Errno> {
         let tells_failure = self.rng.percent(30);
         let source = &mut self.sockets[socket];
@@ -73,7 +73,7 @@ impl World {
 impl World {
     pub fn recv_urgent(&mut self, socket: usize) -> Result<Option<u8>, Errno> {
         if self.mishap() {
-            return Err(Errno::EINTR);
+            return Err(self.failed(socket, &[Errno::EINTR]));
         }
         if self.sockets[socket].look()? == 0 {
             return Ok(None);

@@ -208,6 +208,14 @@ impl Engine for FakeEngine {
         result
     }
 
+    fn failure(&self, socket: &FakeSocket) -> Option<Errno> {
+        let mut world = self.world();
+        let errno = world.sockets[socket.id].error.take();
+        trace!(world, "socket {} has failed: {errno:?}", socket.id);
+        world.sockets[socket.id].told_nothing |= errno.is_none();
+        errno.inspect(|&errno| world.told_error(socket.id, errno))
+    }
+
     fn unsent(&self, socket: &FakeSocket) -> u32 {
         let world = self.world();
         let unsent = world.sockets[socket.id].unsent(world.now_ms);
@@ -254,7 +262,9 @@ impl Engine for FakeEngine {
         trace!(world, "fill pipe {} from socket {}: {len}: {result:?}", pipe.id, socket.id);
         // A fill of nothing is no end, and a failure it tells not always the last there is to
         // read: what is behind an urgent mark can still be received.
-        if let Err(errno) = result {
+        if let Err(errno) = result
+            && errno != Errno::ENOMEM
+        {
             world.told_error(socket.id, errno);
         }
         result

@@ -86,6 +86,8 @@ pub struct Peer {
     pub appetite: u64,
     /// How long it takes to acknowledge what it was sent; `None`: for ever.
     pub ack_delay_ms: Option<u32>,
+    /// It does not end with a reset, it is not heard of any more.
+    pub falls_silent: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +122,8 @@ pub struct Weather {
     pub short: u32,
     /// Chance in 1024 of EINTR, EAGAIN and other nuisances.
     pub mishap: u32,
+    /// Chance in percent that such a nuisance is a refusal for good.
+    pub refusal: u32,
     /// Chance in percent that there is no pipe.
     pub no_pipe: u32,
     /// The longest time in milliseconds that passes during a wait in which things happen; 0: time
@@ -202,11 +206,15 @@ impl Connection {
             2 | 3 => Some(Err(rng.pick(&failures))),
             _ => Some(Ok(())),
         };
+        let mut peers = [Peer::new(rng, capacities, quiet), Peer::new(rng, capacities, quiet)];
+        if rng.of_1024(15) {
+            peers[rng.index(2)].meet_splice_at_mark(rng);
+        }
         Self {
             connect,
             is_late: rng.percent(30),
             no_socket: rng.of_1024(10).then_some(Errno::EAFNOSUPPORT),
-            peers: [Peer::new(rng, capacities, quiet), Peer::new(rng, capacities, quiet)],
+            peers,
         }
     }
 
@@ -217,6 +225,7 @@ impl Connection {
             ending: Ending::Fin,
             marks: Vec::new(),
             ack_delay_ms: Some(0),
+            falls_silent: false,
             first_room: rng.pick(&[100 * MIB, 100 * MIB, 300 << 10]),
             step: 100 * MIB,
             appetite: u64::MAX,
@@ -254,10 +263,20 @@ impl Peer {
                 1..4 => Some(rng.range(1, 400) as u32),
                 _ => Some(0),
             },
+            falls_silent: rng.percent(25),
             first_room: first_room.min(appetite),
             step: step.max(2000),
             appetite,
         }
+    }
+}
+
+impl Peer {
+    /// Its urgent byte is where splice begins, and it resets soon after.
+    fn meet_splice_at_mark(&mut self, rng: &mut Rng) {
+        let mark = u64::from(BUFFER_BYTES) * rng.range(1, 2);
+        (self.len, self.marks) = (mark + rng.range(1, 200), vec![mark]);
+        (self.ending, self.falls_silent) = (Ending::Rst, false);
     }
 }
 
@@ -317,6 +336,7 @@ impl Weather {
             deliver: 100,
             short: 0,
             mishap: 0,
+            refusal: 0,
             no_pipe: 0,
             tempo_ms: 0,
             order,
@@ -330,6 +350,7 @@ impl Weather {
             deliver: rng.range(5, 100) as u32,
             short: rng.pick(&[0, 10, 30, 60]),
             mishap: rng.pick(&[0, 4, 40, 150]),
+            refusal: rng.pick(&[0, 0, 0, 2, 20]),
             no_pipe: rng.pick(&[0, 0, 20]),
             tempo_ms: rng.pick(&[0, 0, 0, 1, 20, 300]),
             ..fair

@@ -144,8 +144,7 @@ impl World {
     fn receive(&mut self, socket: usize, mishap: bool) -> Outcome {
         let failed = |errno| last(Report::Received { result: Err(errno), more: false });
         if mishap {
-            let errno = self.rng.pick(&[Errno::EINTR, Errno::EAGAIN]);
-            return failed(errno);
+            return failed(self.failed(socket, &[Errno::EINTR, Errno::EAGAIN]));
         }
         // The kernel chooses the buffer before it looks for something to receive.
         if self.buffers.are_all_used() {
@@ -210,7 +209,7 @@ impl World {
         if mishap {
             // Memory is short: as if the socket were full, until it is writable again.
             self.sockets[socket].put(0, given.len, self.now_ms);
-            return Err(Errno::EAGAIN);
+            return Err(self.failed(socket, &[Errno::EAGAIN]));
         }
         let len = self.some_of(room.min(given.len));
         self.check_delivery(socket, given);

@@ -43,6 +43,8 @@ pub struct Socket {
     pub read: u64,
     pub fin: bool,
     pub rst: bool,
+    /// The kernel refused a request: memory is short. The socket is as good as before.
+    pub was_refused: bool,
     /// A failure nobody has been told of: it is told once.
     pub error: Option<Errno>,
     /// Marks of the peer that were announced; the last of them counts until it was read.
@@ -70,6 +72,8 @@ pub struct Socket {
     pub told_cause: Option<Errno>,
     /// A watch has reported the failure.
     pub told_by_watch: bool,
+    /// Asked how it failed, it said nothing.
+    pub told_nothing: bool,
 }
 
 impl Socket {
@@ -83,6 +87,7 @@ impl Socket {
             read: 0,
             fin: false,
             rst: false,
+            was_refused: false,
             error: None,
             announced: 0,
             urgent: None,
@@ -98,6 +103,7 @@ impl Socket {
             told_error: None,
             told_cause: None,
             told_by_watch: false,
+            told_nothing: false,
             peer,
         }
     }
@@ -120,6 +126,11 @@ impl Socket {
     /// The worker was told, one way or another.
     pub fn is_known_to_have_failed(&self) -> bool {
         self.told_error.is_some() || self.told_by_watch
+    }
+
+    /// It failed, or seems to have.
+    pub fn is_faulty(&self) -> bool {
+        self.rst || self.was_refused
     }
 
     /// It takes nothing now, and never will.
@@ -227,8 +238,12 @@ impl Socket {
             Change::Rst => {
                 self.acknowledge(now_ms);
                 self.rst = true;
-                // Kernel facts, TCP endings: the name of a reset depends on the state.
-                self.error = Some(if self.fin { Errno::EPIPE } else { Errno::ECONNRESET });
+                // The name of a reset depends on the state (tests/kernel/endings.rs).
+                self.error = Some(match self.fin {
+                    _ if self.peer.falls_silent => Errno::ETIMEDOUT,
+                    true => Errno::EPIPE,
+                    false => Errno::ECONNRESET,
+                });
             }
             Change::Room => self.room = self.peer.step.min(self.peer.appetite - self.taken),
         }

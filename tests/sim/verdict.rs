@@ -38,7 +38,7 @@ impl World {
     fn check_connection(&self, index: usize) {
         let ids = [2 * index, 2 * index + 1];
         let blocked = ids.map(|source| self.is_blocked(source));
-        if ids.into_iter().any(|id| self.sockets[id].rst) {
+        if ids.into_iter().any(|id| self.sockets[id].is_faulty()) {
             // Bytes that cannot be delivered are waited for no longer than the grace.
             let is_starved = self.is_starved();
             assert!(is_starved, "schedule does not end: connection {index} has failed");
@@ -196,7 +196,8 @@ impl World {
             let later = socket.told_cause.filter(|_| socket.told_error == Some(Errno::EPIPE));
             let told = socket.told_error.into_iter().chain(later);
             names.extend(told.map(|errno| format!("{who} {errno:?}")));
-            if socket.told_by_watch && socket.told_error != Some(Errno::ECONNRESET) {
+            // Connecting, what the watch tells is all that is known.
+            if (socket.told_by_watch && !connection.is_open) || socket.told_nothing {
                 names.push(format!("{who} ECONNRESET"));
             }
         }

@@ -253,6 +253,15 @@ impl World {
         self.waits_alone < WAITS_WITH_MISHAPS && self.rng.of_1024(self.weather.mishap)
     }
 
+    /// What a request of a socket fails with by bad luck: one of `nuisances`, or for good.
+    pub fn failed(&mut self, socket: usize, nuisances: &[Errno]) -> Errno {
+        if !self.rng.percent(self.weather.refusal) {
+            return self.rng.pick(nuisances);
+        }
+        self.sockets[socket].was_refused = true;
+        Errno::ENOMEM
+    }
+
     /// The connection of a flow the worker has named.
     pub fn connection_of(&self, token: Token) -> Option<usize> {
         let Token::Flow { index, generation, .. } = token else { return None };
