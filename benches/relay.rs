@@ -228,7 +228,7 @@ impl Drop for Rig {
 
 /// Enters a new network namespace, and says which congestion control it has.
 ///
-/// The default of some machines, BBR, paces loopback (kernel-fact 29). Only algorithms on the
+/// The default of some machines, BBR, paces loopback. Only algorithms on the
 /// initial namespace's list may be chosen in another one.
 fn enter_netns() -> io::Result<String> {
     const ALLOWED: &str = "/proc/sys/net/ipv4/tcp_allowed_congestion_control";

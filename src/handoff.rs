@@ -106,7 +106,7 @@ impl Channel {
         let mut iov = [IoSliceMut::new(&mut byte)];
         let mut space = cmsg_space!([RawFd; MAX_SOCKETS], UnixCredentials);
         // Looked at first: a message whose sockets do not all fit in loses the others when it is
-        // taken (kernel-fact 24). To look gives sockets, too.
+        // taken (tests/kernel/passing.rs). To look gives sockets, too.
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_PEEK;
         let seen = recvmsg::<()>(self.fd.as_raw_fd(), &mut iov, Some(&mut space), flags)?;
         let (length, flags) = (seen.bytes, seen.flags);

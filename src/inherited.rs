@@ -71,7 +71,7 @@ pub fn check_listener(
     if !getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
         return Err(wrong(option, fd, "is not a listening socket; listen(2) must come first"));
     }
-    // Accepted sockets inherit them (kernel-fact 18).
+    // Accepted sockets inherit them (tests/kernel/accepting.rs).
     prepare(socket, options);
     Ok(())
 }

@@ -133,7 +133,7 @@ fn bind_and_listen(address: SocketAddr, config: &Config) -> std::result::Result<
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let listener = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&listener, sockopt::ReuseAddr, &true)?;
-    // Accepted sockets inherit what is set here (kernel-fact 18).
+    // Accepted sockets inherit what is set here (tests/kernel/accepting.rs).
     prepare(&listener, &config.sockets)?;
     if address.is_ipv6() {
         setsockopt(&listener, sockopt::Ipv6V6Only, &false)?;
@@ -232,7 +232,7 @@ impl Serving<'_> {
     }
 
     /// Listens at `address`, also if a process that was killed has it for a moment: its rings are
-    /// torn down after it is gone (kernel-fact 16). `None`: interrupted.
+    /// torn down after it is gone (tests/kernel/cancelling.rs). `None`: interrupted.
     fn listen_soon(&self, address: SocketAddr) -> Result<Option<OwnedFd>> {
         let since = Instant::now();
         loop {

@@ -1,7 +1,7 @@
 //! Pipes for splicing, and the pool that keeps empty ones for the next half that needs one.
 //!
 //! A pipe counts its own content. The pool takes an empty pipe back and closes any other, so no
-//! flow can find bytes of another in its pipe (kernel-fact 10).
+//! flow can find bytes of another in its pipe.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -10,7 +10,7 @@ use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::pipe2;
 
 /// Smallest capacity in bytes worth having; below it copying is cheaper. A user past
-/// `fs.pipe-user-pages-soft` gets pipes of 8 KiB (kernel-fact 9).
+/// `fs.pipe-user-pages-soft` gets pipes of 8 KiB (tests/kernel/pipes.rs).
 const MIN_CAPACITY_BYTES: u32 = 64 << 10;
 
 /// Empty pipes kept by a worker. Each flow that splices holds its pipe only while it has bytes
@@ -18,7 +18,7 @@ const MIN_CAPACITY_BYTES: u32 = 64 << 10;
 const POOL_MAX: usize = 32;
 
 /// Both flags, always: the pipe end must not block, and neither must the sockets, which are
-/// O_NONBLOCK (kernel-fact 2). Never SPLICE_F_MORE (kernel-fact 4).
+/// O_NONBLOCK. Never SPLICE_F_MORE (tests/kernel/splicing.rs).
 const FLAGS: SpliceFFlags = SpliceFFlags::SPLICE_F_NONBLOCK.union(SpliceFFlags::SPLICE_F_MOVE);
 
 /// A pipe and the number of bytes in it.
@@ -51,7 +51,7 @@ impl Pipe {
     }
 
     /// Moves up to `len` bytes from the pipe into `socket`; `len` must not be more than the pipe
-    /// holds (kernel-fact 4).
+    /// holds (tests/kernel/splicing.rs).
     pub fn drain(&mut self, socket: impl AsFd, len: u32) -> Result<u32, Errno> {
         let len = len.min(self.content);
         let moved = splice(&self.read, None, socket, None, len as usize, FLAGS)? as u32;

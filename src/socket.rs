@@ -1,7 +1,7 @@
 //! What is asked of the kernel for the sockets of every connection.
 //!
-//! Sockets accepted from a listening one inherit all of it (kernel-fact 18), so a listening socket
-//! is prepared instead of each of its connections.
+//! Sockets accepted from a listening one inherit all of it (tests/kernel/accepting.rs), so a
+//! listening socket is prepared instead of each of its connections.
 
 use std::fs::read_to_string;
 use std::os::fd::AsFd;

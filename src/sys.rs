@@ -88,7 +88,7 @@ pub(crate) fn fork() -> Result<ForkResult, Errno> {
 }
 
 /// Ends a TCP connection with a reset at once, whoever else has the socket open
-/// (kernel-fact 20). ENOTCONN and the like when there is nothing left to reset.
+/// (tests/kernel/endings.rs). ENOTCONN and the like when there is nothing left to reset.
 pub(crate) fn reset(socket: impl AsFd) -> Result<(), Errno> {
     let unspecified =
         libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };

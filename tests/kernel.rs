@@ -2,8 +2,8 @@
 //!
 //! A test is named after its fact and says, when it fails, what the kernel did instead and what
 //! follows for nsplice. Some facts are the reason why nsplice does *not* use something: where
-//! those no longer hold nothing breaks, and the sentence says so. "Kernel-fact" numbers in the
-//! source refer to these.
+//! those no longer hold nothing breaks, and the sentence says so. The source names the file of the
+//! facts it relies on.
 
 #![allow(clippy::unwrap_used)]
 

@@ -84,23 +84,53 @@ fn dependencies_keep_their_direction() {
 
 #[test]
 fn no_tracked_file_names_a_place_on_one_machine() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    // A checkout of another user's is as good here.
-    let git = ["-c", "safe.directory=*", "ls-files", "-z"];
-    let listed = Command::new("git").args(git).current_dir(root).output();
-    let Some(listed) = listed.ok().filter(|output| output.status.success()) else {
-        assert!(env::var("CI").as_deref() != Ok("true"), "git cannot list the tracked files");
-        return eprintln!("skipped: git cannot list the tracked files");
-    };
     let mut violations = Vec::new();
-    for name in String::from_utf8(listed.stdout).unwrap().split_terminator('\0') {
-        // What cannot be read is no text, or is deleted and not yet committed.
-        let text = fs::read_to_string(root.join(name)).unwrap_or_default();
+    for (name, text) in tracked_texts() {
         for line in find(&text, names_machine_path) {
             violations.push(format!("{name}:{}: a path of one machine", line + 1));
         }
     }
     assert_none(&violations);
+}
+
+#[test]
+fn files_that_are_named_exist() {
+    let mut violations = Vec::new();
+    for (name, text) in tracked_texts().into_iter().filter(|(name, _)| name != "tests/tidy.rs") {
+        for line in find(&text, |line| named_files(line).any(|file| !root().join(file).exists())) {
+            violations.push(format!("{name}:{}: names a file that is not there", line + 1));
+        }
+    }
+    assert_none(&violations);
+}
+
+/// Such as `tests/tidy.rs` in its own text.
+fn named_files(line: &str) -> impl Iterator<Item = &str> {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || "_-./".contains(c);
+    line.split(move |c| !is_part(c)).map(|word| word.trim_end_matches('.')).filter(|word| {
+        let folder = word.split('/').next().unwrap_or_default();
+        ["src", "tests", "docs", "benches"].contains(&folder) && word.ends_with(".rs")
+    })
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Names and texts of all files that git knows.
+fn tracked_texts() -> Vec<(String, String)> {
+    // A checkout of another user's is as good here.
+    let git = ["-c", "safe.directory=*", "ls-files", "-z"];
+    let listed = Command::new("git").args(git).current_dir(root()).output();
+    let Some(listed) = listed.ok().filter(|output| output.status.success()) else {
+        assert!(env::var("CI").as_deref() != Ok("true"), "git cannot list the tracked files");
+        eprintln!("skipped: git cannot list the tracked files");
+        return Vec::new();
+    };
+    let names = String::from_utf8(listed.stdout).unwrap();
+    // What cannot be read is no text, or is deleted and not yet committed.
+    let text = |name: &str| fs::read_to_string(root().join(name)).unwrap_or_default();
+    names.split_terminator('\0').map(|name| (name.to_owned(), text(name))).collect()
 }
 
 /// Crates the program is built from, macros included, itself not: 22 where this was written.

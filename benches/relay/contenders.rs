@@ -127,7 +127,7 @@ fn run(options: Options) -> io::Result<()> {
 static STOPPED: AtomicBool = AtomicBool::new(false);
 
 /// Lets SIGTERM and SIGINT end the program, and the port be free at once. A ring's requests hold
-/// the listener for a while after the process is gone (kernel-fact 16), but what is shut down no
+/// the listener for a while after the process is gone, but what is shut down no
 /// longer listens.
 fn end_by_signal(listener: TcpListener) -> io::Result<()> {
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);

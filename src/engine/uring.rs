@@ -1,9 +1,9 @@
 //! The io_uring engine: one ring, used by one thread.
 //!
 //! The ring says *when*; bulk bytes are moved by splice(2) on the ring's own thread, because the
-//! kernel runs every IORING_OP_SPLICE on a kernel worker thread (kernel-fact 1). Nothing that is
-//! submitted here may be punted to such a worker: sends do not wait, and shutting down, which
-//! always is, is the plain system call.
+//! kernel runs every IORING_OP_SPLICE on a kernel worker thread (tests/kernel/workers.rs). Nothing
+//! that is submitted here may be punted to such a worker: sends do not wait, and shutting down,
+//! which always is, is the plain system call.
 
 #![allow(unsafe_code)]
 
@@ -222,8 +222,9 @@ impl Engine for Uring {
         // Two in a chain. The first waits, but what it reports are the events its wake-up names,
         // and TCP's name urgent data also where there is none. The second asks for the state; it
         // alone completes, unless the first fails: then that one does.
-        // One-shot, so a fill that stopped early needs no probe. They cannot spin after a FIN
-        // (kernel-fact 11), because then the flow reads the end and never waits here again.
+        // One-shot, so a fill that stopped early needs no probe. They cannot spin after a FIN,
+        // which completes them at once (tests/kernel/polling.rs), because then the flow reads the
+        // end and never waits here again.
         let wait = opcode::PollAdd::new(fd(socket), libc::POLLIN as u32).build();
         let state = opcode::PollAdd::new(fd(socket), (libc::POLLIN | libc::POLLPRI) as u32).build();
         let wait = wait.flags(squeue::Flags::IO_LINK | squeue::Flags::SKIP_SUCCESS);
@@ -232,14 +233,15 @@ impl Engine for Uring {
 
     fn send(&mut self, token: Token, socket: &OwnedFd, buffer: &Buffer) {
         // MSG_DONTWAIT: a send that had to wait on a half-closed socket would be punted to a
-        // kernel worker (kernel-fact 13).
+        // kernel worker (tests/kernel/workers.rs).
         let entry = opcode::Send::new(fd(socket), self.buffers.bytes(buffer), buffer.len())
             .flags(libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL);
         self.push(token, entry.build());
     }
 
     fn watch(&mut self, token: Token, socket: &OwnedFd) {
-        // Multishot, so a socket whose peer has sent its FIN is reported once (kernel-fact 11).
+        // Multishot: a socket whose peer has sent its FIN is reported once, not for ever
+        // (tests/kernel/polling.rs).
         let entry = opcode::PollAdd::new(fd(socket), libc::POLLOUT as u32).multi(true);
         self.push(token, entry.build());
     }

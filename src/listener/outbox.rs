@@ -48,7 +48,7 @@ impl Outbox {
             let result = self.channel.send(Message::Connections, &sockets);
             self.is_full = result == Err(Errno::EAGAIN);
             result?;
-            // Our copies must go: they would keep the connections open (kernel-fact 14).
+            // Our copies must go: they would keep the connections open.
             self.waiting.drain(..batch);
         }
         Ok(())

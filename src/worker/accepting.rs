@@ -9,7 +9,7 @@ use super::slot::display;
 use crate::engine::{Engine, Token};
 use crate::flow::End;
 
-/// How long accepting pauses after the system ran out of something (kernel-fact 17).
+/// How long accepting pauses after the system ran out of something (tests/kernel/accepting.rs).
 pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 impl<E: Engine> Worker<E> {

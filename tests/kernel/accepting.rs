@@ -1,11 +1,12 @@
 //! Accepting in rings: who gets a connection, and what the accepted socket is like.
 
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use io_uring::opcode;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{getsockopt, sockopt};
@@ -126,6 +127,30 @@ fn an_accept_waits_also_on_a_listener_that_is_o_nonblock() {
     );
     let _client = connect(&listener);
     own(ring.next());
+}
+
+/// What TCP_INFO tells of a listening socket as that which is not acknowledged.
+fn waiting(listener: &TcpListener) -> u32 {
+    // SAFETY: it consists of numbers, for which zeroes are valid.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    let (fd, place) = (listener.as_raw_fd(), (&raw mut info).cast());
+    // SAFETY: there is room for the length given until the call returns.
+    let result =
+        unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut length) };
+    Errno::result(result).unwrap();
+    info.tcpi_unacked
+}
+
+#[test]
+fn a_listening_socket_tells_how_many_wait_in_its_queue() {
+    let listener = listener();
+    assert_eq!(waiting(&listener), 0);
+    let _clients: Vec<_> = (0..3).map(|_| connect(&listener)).collect();
+    let broken = "a drain takes more connections than --max-connections, or leaves some";
+    assert_eq!(waiting(&listener), 3, "{broken}");
+    let _served = listener.accept().unwrap();
+    assert_eq!(waiting(&listener), 2, "{broken}");
 }
 
 /// So a worker that has run out of them pauses and asks again, whether anybody connects or not.

@@ -166,6 +166,21 @@ fn siocoutq_counts_what_is_sent_and_not_acknowledged() {
     drop(far);
 }
 
+/// A peer that acknowledges nothing any more, and what is left to it after all bytes.
+#[test]
+fn siocoutq_counts_an_end_that_is_not_acknowledged() {
+    let (near, far) = connection();
+    fill_up(&near);
+    let bytes = not_acknowledged(&near);
+    near.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(
+        not_acknowledged(&near),
+        bytes + 1,
+        "an end that waits to be sent is not counted: a reset may overtake it"
+    );
+    drop(far);
+}
+
 #[test]
 fn closing_with_unread_bytes_resets() {
     let (near, far) = connection();

@@ -4,6 +4,8 @@ mod accepting;
 mod cancelling;
 mod endings;
 mod epoll;
+#[path = "../standing/forged.rs"]
+mod forged;
 mod namespaces;
 mod passing;
 mod pipes;

@@ -8,7 +8,10 @@ use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
 
-use super::{connection, events, fill_up, is_at_mark, pipe, splice, wait_for, wait_for_bytes};
+use super::forged::urgent_behind_a_gap;
+use super::{connection, connection_to, events, fill_up, int_ioctl, is_at_mark, listener, pipe};
+use super::{reset_by_peer, splice, wait_for, wait_for_bytes};
+use crate::support::namespaces;
 
 fn send_urgent(socket: &TcpStream, byte: u8) -> Result<usize, Errno> {
     send(socket.as_raw_fd(), &[byte], MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT)
@@ -41,6 +44,37 @@ fn splice_stops_at_an_urgent_mark_and_siocatmark_tells() {
     assert_eq!((near.read(&mut byte).unwrap(), byte), (1, *b"!"), "the urgent byte is lost");
     assert!(!is_at_mark(&near), "the mark stays after its byte: the next is taken for urgent");
     assert_eq!(splice(&near, &write, 100), Ok(3), "splice does not go on behind the mark");
+}
+
+#[test]
+fn at_an_urgent_mark_splice_tells_a_failure_before_the_bytes_behind_it() {
+    let (mut near, far) = with_urgent_byte();
+    let (_read, write) = pipe();
+    reset_by_peer(far);
+    wait_for(&near, PollFlags::POLLHUP);
+    assert_eq!(splice(&near, &write, 100), Ok(3));
+    let told = splice(&near, &write, 100);
+    assert_eq!(
+        told,
+        Err(Errno::ECONNRESET),
+        "splice tells {told:?} at the mark: Half::on_filled need not read on after a failure; \
+         nothing breaks"
+    );
+    let mut rest = Vec::new();
+    near.read_to_end(&mut rest).unwrap();
+    assert_eq!(rest, b"!def", "the urgent byte and what is behind it are lost with the reset");
+}
+
+/// By it the epoll engine tells, after a receive that stopped there, whether there is more.
+#[test]
+fn fionread_counts_what_is_behind_an_urgent_mark() {
+    let (mut near, _far) = with_urgent_byte();
+    near.read_exact(&mut [0; 3]).unwrap();
+    assert_eq!(
+        int_ioctl(&near, libc::FIONREAD),
+        Ok(4),
+        "at a mark nothing seems to be there: on epoll the half goes on copying; nothing breaks"
+    );
 }
 
 #[test]
@@ -83,6 +117,19 @@ fn pri_says_that_an_urgent_byte_has_arrived_not_that_it_is_next() {
     assert!(
         !is_at_mark(&near),
         "SIOCATMARK is true before the mark: the byte before it is sent on as urgent"
+    );
+}
+
+#[test]
+fn an_urgent_byte_that_is_ahead_of_what_is_missing_is_pri_without_in() {
+    namespaces!(netns);
+    let (near, far) = netns.enter(|| connection_to(&listener()));
+    urgent_behind_a_gap(&netns, &far, 5);
+    let events = wait_for(&near, PollFlags::POLLIN | PollFlags::POLLPRI);
+    assert_eq!(
+        events,
+        PollFlags::POLLPRI,
+        "epoll's waits need not leave PRI out once it came alone; nothing breaks"
     );
 }
 

@@ -218,7 +218,7 @@ impl World {
             let Socket { arrived, room, .. } = self.sockets[socket];
             println!("    peer of {socket}: {change:?} (sent {arrived}, room {room})");
         }
-        // POLLRDHUP and POLLERR are in every mask (kernel-fact 11); POLLIN is not watched.
+        // POLLRDHUP and POLLERR are in every mask (tests/kernel/polling.rs); POLLIN is not watched.
         if !matches!(change, Change::Sent | Change::Announced) {
             for request in &mut self.requests {
                 if request.socket == socket

@@ -31,7 +31,7 @@ const BLOCKED: Duration = Duration::from_millis(300);
 #[derive(Clone, Copy, Debug)]
 enum Before {
     Nothing,
-    /// The reader has ended the stream it sends (kernel-fact 11).
+    /// The reader has ended the stream it sends (tests/kernel/polling.rs).
     ReaderHalfClosed,
     /// The sender has ended its stream, which still waits behind the bytes.
     SenderHalfClosed,
