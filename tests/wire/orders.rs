@@ -2,11 +2,14 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::stage::{LISTEN, TIME_WAIT, tcp_states};
-use crate::support::streams::{Random, accept, connect};
+use crate::support::streams::{Random, connect};
 use crate::support::{Launch, Process, eventually, namespaces};
 
 const CONNECTIONS: usize = 10_000;
@@ -104,32 +107,111 @@ fn linger(stream: &TcpStream) {
     setsockopt(stream, sockopt::Linger, &linger).unwrap();
 }
 
+/// When the ends begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Moment {
+    /// When the server has answered.
+    Answered,
+    /// While both send, at some byte.
+    Midway,
+    /// When nothing more goes to the server, which reads nothing.
+    Full,
+    /// Before a word is said: mostly there is no connection to the server yet.
+    AtOnce,
+}
+
+impl Moment {
+    const ALL: [Self; 4] = [Self::Answered, Self::Midway, Self::Full, Self::AtOnce];
+
+    fn random(random: &mut Random) -> Self {
+        match random.next() % 100 {
+            0..2 => Self::Full,
+            2..15 => Self::AtOnce,
+            15..50 => Self::Midway,
+            _ => Self::Answered,
+        }
+    }
+}
+
 /// Each connection carries up to 20 kB each way, so that buffers and pipes are in use as well.
 fn clients(address: SocketAddr, count: usize, seed: u64) {
     let mut random = Random(seed);
     for _ in 0..count {
         let order = (random.next() % ORDERS.len() as u64) as u8;
+        let moment = Moment::random(&mut random);
         let bytes = random.log_uniform(1, 20_000) as u16;
+        let read = random.next() % u64::from(bytes);
+        let mut part = ORDERS[usize::from(order)].parts().0;
         let mut stream = connect(address);
         let [low, high] = bytes.to_le_bytes();
-        stream.write_all(&[order, low, high]).unwrap();
-        stream.write_all(&vec![order; bytes.into()]).unwrap();
-        stream.read_exact(&mut vec![0; bytes.into()]).unwrap();
-        play(stream, ORDERS[usize::from(order)].parts().0);
+        let header = [order, moment as u8, low, high];
+        match moment {
+            Moment::Answered => {
+                stream.write_all(&header).unwrap();
+                stream.write_all(&vec![order; bytes.into()]).unwrap();
+                stream.read_exact(&mut vec![0; bytes.into()]).unwrap();
+            }
+            // The server may end it at any time.
+            Moment::Midway => {
+                let _ = stream.write_all(&[&header[..], &vec![order; bytes.into()]].concat());
+                let _ = stream.read_exact(&mut vec![0; read as usize]);
+            }
+            Moment::Full => {
+                let _ = stream.write_all(&header);
+                stream.set_nonblocking(true).unwrap();
+                while stream.write(&[order; 64 << 10]).is_ok() {}
+                stream.set_nonblocking(false).unwrap();
+            }
+            // The server does not know what it is to do.
+            Moment::AtOnce if part == Part::Await => part = Part::Close,
+            Moment::AtOnce if part == Part::AwaitThenReset => part = Part::Reset,
+            Moment::AtOnce => {}
+        }
+        play(stream, part);
     }
 }
 
-fn servers(listener: &TcpListener, count: usize) {
-    for _ in 0..count {
-        let mut stream = accept(listener);
-        let mut header = [0; 3];
-        stream.read_exact(&mut header).unwrap();
-        let mut bytes = vec![0; u16::from_le_bytes([header[1], header[2]]).into()];
-        stream.read_exact(&mut bytes).unwrap();
-        stream.write_all(&bytes).unwrap();
-        // The client resets only after it has all of this, so the header is never cut off.
-        play(stream, ORDERS[usize::from(header[0])].parts().1);
+/// Ends the servers, also when a client has failed.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
+}
+
+/// Serves clients until `is_over`.
+fn servers(listener: &TcpListener, is_over: &AtomicBool, seed: u64) {
+    let mut random = Random(seed);
+    while !is_over.load(Ordering::Relaxed) {
+        let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::from(10u16)).unwrap();
+        // Another thread may have been faster.
+        let Ok((stream, _)) = listener.accept() else { continue };
+        stream.set_nonblocking(false).unwrap();
+        serve(stream, random.next());
+    }
+}
+
+fn serve(mut stream: TcpStream, random: u64) {
+    let mut header = [0; 4];
+    if stream.read_exact(&mut header).is_err() {
+        return;
+    }
+    let bytes = usize::from(u16::from_le_bytes([header[2], header[3]]));
+    match Moment::ALL[usize::from(header[1])] {
+        Moment::Answered => {
+            let mut read = vec![0; bytes];
+            stream.read_exact(&mut read).unwrap();
+            stream.write_all(&read).unwrap();
+        }
+        Moment::Midway => {
+            let _ = stream.write_all(&vec![header[0]; bytes]);
+            let _ = stream.read_exact(&mut vec![0; random as usize % bytes]);
+        }
+        Moment::Full | Moment::AtOnce => {}
+    }
+    play(stream, ORDERS[usize::from(header[0])].parts().1);
 }
 
 #[test]
@@ -161,21 +243,27 @@ fn end_all(handoff: &str) {
     let idle: Vec<_> = processes.iter().map(open).collect();
 
     let (share, address) = (CONNECTIONS / THREADS, forwarder.address());
+    listener.set_nonblocking(true).unwrap();
+    let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let (listener, client_netns) = (&listener, &client_netns);
-        for seed in 0..THREADS as u64 {
-            scope.spawn(move || servers(listener, share));
-            scope.spawn(move || client_netns.enter(|| clients(address, share, seed)));
+        let _over = SetOnDrop(&is_over);
+        let (listener, client_netns, is_over) = (&listener, &client_netns, &is_over);
+        let ends = (0..THREADS as u64).map(|seed| {
+            scope.spawn(move || servers(listener, is_over, !seed));
+            scope.spawn(move || client_netns.enter(|| clients(address, share, seed)))
+        });
+        let ends: Vec<_> = ends.collect();
+        ends.into_iter().for_each(|end| end.join().unwrap());
+
+        for (netns, side) in [(client_netns, "listen"), (&target_netns, "connect")] {
+            // Clients have closed all of theirs, and servers do, also of those who said nothing:
+            // what is left is the forwarder's.
+            eventually(&format!("no connection is left on the {side} side"), || {
+                let gone = |state: &u8| matches!(*state, TIME_WAIT | LISTEN);
+                tcp_states(netns).iter().all(gone).then_some(())
+            });
         }
     });
-
-    for (netns, side) in [(&client_netns, "listen"), (&target_netns, "connect")] {
-        // Clients and servers have closed all of theirs: what is left is the forwarder's.
-        eventually(&format!("no connection is left on the {side} side"), || {
-            let gone = |state: &u8| matches!(*state, TIME_WAIT | LISTEN);
-            tcp_states(netns).iter().all(gone).then_some(())
-        });
-    }
     for (process, idle) in processes.iter().zip(idle) {
         eventually(&format!("{process:?} is as idle as before, {idle:?}"), || {
             let now = open(process);
