@@ -77,18 +77,16 @@ class Bench:
             return self.measure_idle(begin, forwarder, work, check)
         beside = None
         if work.beside:
-            # Idle connections outlast the work; bulk lasts as long, so that its rate is known.
-            lasts = self.warmup + self.seconds + (OPENING_S if work.idle else 0)
-            beside = begin(work.beside, lasts, 0.2)
+            # It outlasts whatever the client may take, and is ended with the round.
+            beside = begin(work.beside, self.warmup + self.seconds + 2 * OPENING_S, 0.2)
         client = begin(work.client, self.seconds, self.warmup)
         before = Usage(forwarder, server)
+        beside_before = beside and so_far(beside, check)
         report = self.report(client, check)
         usage = Usage(forwarder, server).since(before)
         result = record(work, report, usage)
-        if beside and not work.idle:
-            # Each operation moves a message there and back.
-            rate = self.report(beside, check)["per_second"] * 2 * works.BESIDE_BYTES * 8 / 1e9
-            result |= rounded({"beside": rate})
+        if beside:
+            result |= beside_record(work, beside_before, so_far(beside, check), result["errors"])
         return result
 
     def measure_idle(self, begin, forwarder, work, check):
@@ -128,6 +126,31 @@ class Bench:
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         # Its connections stay open until its standard input ends: closing them is not measured.
         return programs.start(command, stdin=subprocess.PIPE, **pipe)
+
+
+def so_far(beside, check):
+    """What the client beside the measured one has done until now; Failed if it is at its end."""
+    try:
+        beside.stdin.write(b"\n")
+    except BrokenPipeError:
+        pass  # what it left behind says why
+    report = programs.read_line(beside, "the client beside", programs.START_S, check)
+    if not report.get("so_far"):
+        raise Failed("the client beside ended before the one that was measured")
+    return report
+
+
+def beside_record(work, before, after, errors):
+    """What went on beside the measured time, and the errors of both."""
+    result = {"errors": errors + after["errors"]}
+    if work.idle:
+        if after["held"] != work.idle:
+            raise Failed(f"holds {after['held']} of {work.idle} connections beside")
+        return rounded(result)
+    seconds = after["seconds"] - before["seconds"]
+    # Each operation moves a message there and back.
+    moved = (after["operations"] - before["operations"]) * 2 * works.BESIDE_BYTES
+    return rounded({"beside": moved * 8 / 1e9 / seconds, **result})
 
 
 def record(work, report, usage):

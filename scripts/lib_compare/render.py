@@ -150,7 +150,7 @@ def main_table(found):
 
         def shown(contender):
             bulk = found.median(name, contender, "beside")
-            beside = f" beside {number(bulk)} Gbit/s" if bulk else ""
+            beside = f" beside {number(bulk)} Gbit/s" if bulk is not None else ""
             return number(found.median(name, contender, key)) + beside
 
         best = found.best(name, others(found), key, highest=not alone)

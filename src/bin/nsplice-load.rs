@@ -108,8 +108,8 @@ struct Client {
     /// time of load before it that is not measured, in seconds (0.5)
     #[argh(option, default = "0.5")]
     warmup: f64,
-    /// print a line when the measured time begins, and after the report keep the connections until
-    /// standard input ends
+    /// print a line when the measured time begins, answer each line of standard input by the report
+    /// so far, and after the last one keep the connections until standard input ends
     #[argh(switch)]
     progress: bool,
     /// CPU to run on

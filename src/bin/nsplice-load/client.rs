@@ -2,12 +2,13 @@
 
 use std::io::{self, ErrorKind, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, sockopt};
+use nix::unistd;
 use serde_json::{Value, json};
 
 use crate::conn::{Conn, Progress, interest};
@@ -22,13 +23,15 @@ const OPENING_MAX: usize = 16;
 /// Longest time to open all of them.
 const OPENING_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Token of standard input; connections count from 0.
+const STDIN: u64 = u64::MAX;
+
 /// Loads the server for the time asked for and prints the report.
 pub(crate) fn run(options: &Client) -> io::Result<()> {
     let mut run = Run::new(options)?;
-    println!("{}", run.measure()?);
+    say(&run.measure()?)?;
     if options.progress {
         // Whoever takes measurements at this line sees connections, not their end.
-        io::stdout().flush()?;
         io::copy(&mut io::stdin(), &mut io::sink())?;
     }
     Ok(())
@@ -49,13 +52,14 @@ struct Run<'a> {
     errors: u64,
     last_error: Option<io::Error>,
     latencies: Histogram,
+    start: Start,
 }
 
-/// What was done in the measured time.
-struct Measured {
+/// What there was when the measured time began.
+struct Start {
+    time: Instant,
     /// Bytes sent (bulk) or operations.
     done: u64,
-    seconds: f64,
     cpu_seconds: f64,
     opening_seconds: f64,
 }
@@ -74,6 +78,7 @@ impl<'a> Run<'a> {
             errors: 0,
             last_error: None,
             latencies: Histogram::new(),
+            start: Start { time: Instant::now(), done: 0, cpu_seconds: 0.0, opening_seconds: 0.0 },
         })
     }
 
@@ -90,19 +95,16 @@ impl<'a> Run<'a> {
             self.run_until(Instant::now() + Duration::from_secs_f64(self.options.warmup))?;
         }
         if self.options.progress {
-            println!("{}", json!({ "measuring": true, "opening_seconds": opening_seconds }));
-            io::stdout().flush()?;
+            say(&json!({ "measuring": true, "opening_seconds": opening_seconds }))?;
+            // A regular file or /dev/null cannot be waited for; then nobody asks.
+            let asked = EpollEvent::new(EpollFlags::EPOLLIN, STDIN);
+            let _ = self.epoll.add(io::stdin().as_fd(), asked);
         }
         self.latencies = Histogram::new();
-        let (before, cpu_before, start) = (self.done, cpu_seconds()?, Instant::now());
-        self.run_until(start + Duration::from_secs_f64(self.options.seconds))?;
-        let measured = Measured {
-            done: self.done - before,
-            seconds: start.elapsed().as_secs_f64(),
-            cpu_seconds: cpu_seconds()? - cpu_before,
-            opening_seconds,
-        };
-        Ok(self.report(&measured))
+        let (done, cpu_seconds, time) = (self.done, cpu_seconds()?, Instant::now());
+        self.start = Start { time, done, cpu_seconds, opening_seconds };
+        self.run_until(time + Duration::from_secs_f64(self.options.seconds))?;
+        self.report()
     }
 
     /// Opens all connections, a few at a time, until each has been answered.
@@ -151,30 +153,52 @@ impl<'a> Run<'a> {
         let mut events = [EpollEvent::empty(); EVENTS];
         let count = wait(&self.epoll, &mut events)?;
         for event in &events[..count] {
-            self.handle(event.data() as usize)?;
+            match event.data() {
+                STDIN => self.answer_stdin()?,
+                index => self.handle(index as usize)?,
+            }
         }
         Ok(())
     }
 
-    fn report(&self, measured: &Measured) -> Value {
-        let rate = measured.done as f64 / measured.seconds;
+    /// Answers each line by what was done so far.
+    fn answer_stdin(&mut self) -> io::Result<()> {
+        let mut bytes = [0; 64];
+        // Not by `Stdin`, which may read lines that the epoll then does not tell of.
+        let count = unistd::read(io::stdin(), &mut bytes)?;
+        if count == 0 {
+            self.epoll.delete(io::stdin().as_fd())?;
+        }
+        for _ in bytes[..count].iter().filter(|&&byte| byte == b'\n') {
+            let mut report = self.report()?;
+            report["so_far"] = json!(true);
+            say(&report)?;
+        }
+        Ok(())
+    }
+
+    /// What was done in the measured time until now.
+    fn report(&self) -> io::Result<Value> {
+        let done = self.done - self.start.done;
+        let seconds = self.start.time.elapsed().as_secs_f64();
+        let rate = done as f64 / seconds;
         let mut report = json!({
             "work": self.options.work.name(), "connections": self.options.connections,
-            "seconds": measured.seconds, "opening_seconds": measured.opening_seconds,
-            "client_cpu_seconds": measured.cpu_seconds,
+            "seconds": seconds, "opening_seconds": self.start.opening_seconds,
+            "client_cpu_seconds": cpu_seconds()? - self.start.cpu_seconds,
             "errors": self.errors,
             "last_error": self.last_error.as_ref().map(ToString::to_string),
         });
         match self.options.work {
             Work::Bulk => {
                 report["total_bytes"] = json!(self.done);
-                report["bytes"] = json!(measured.done);
+                report["bytes"] = json!(done);
                 report["gbit_per_second"] = json!(rate * 8.0 / 1e9);
             }
             Work::Rr | Work::Crr => {
                 report["size"] = json!(self.options.size);
                 report["total_operations"] = json!(self.done);
-                report["operations"] = json!(measured.done);
+                report["operations"] = json!(done);
                 report["per_second"] = json!(rate);
                 for (name, quantile) in [("p50_us", 0.5), ("p99_us", 0.99), ("p999_us", 0.999)] {
                     report[name] = json!(self.latencies.quantile_us(quantile));
@@ -182,7 +206,7 @@ impl<'a> Run<'a> {
             }
             Work::Idle => report["held"] = json!(self.resting),
         }
-        report
+        Ok(report)
     }
 
     /// Begins a connection without waiting for it, and sends its first request if it is there at
@@ -295,6 +319,12 @@ impl<'a> Run<'a> {
         conn.rests = true;
         self.resting += 1;
     }
+}
+
+/// Prints a line that whoever reads it has at once.
+fn say(line: &Value) -> io::Result<()> {
+    println!("{line}");
+    io::stdout().flush()
 }
 
 /// CPU time of this process.
