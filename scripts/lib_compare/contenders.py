@@ -146,7 +146,8 @@ def haproxy(contender, place, fd):
             tune.pipesize 1048576
         defaults
             mode tcp
-            option splice-auto
+            option splice-request
+            option splice-response
             timeout connect 10s
             timeout client 1h
             timeout server 1h
@@ -258,8 +259,9 @@ def known(options):
         of_nsplice("nsplice-1", "nsplice, 1 worker", "`--workers 1`", "--workers", "1"),
         of_nsplice("nsplice-poll", "nsplice, busy poll", "`--busy-poll 50`", "--busy-poll", "50"),
         Contender(
-            "haproxy", "HAProxy", "TCP mode, a thread for each CPU, `option splice-auto`, pipes of "
-            "1 MiB; it sets TCP_NODELAY itself", inheriting(haproxy), "haproxy", ("haproxy", "-v"),
+            "haproxy", "HAProxy", "TCP mode, a thread for each CPU, `option splice-request` and "
+            "`splice-response` (`splice-auto` copies what bulk is here), pipes of 1 MiB; it sets "
+            "TCP_NODELAY itself", inheriting(haproxy), "haproxy", ("haproxy", "-v"),
         ),
         Contender(
             "nginx", "nginx stream", "a worker for each CPU, `proxy_buffer_size 64k` (16k by "
