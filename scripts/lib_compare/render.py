@@ -2,7 +2,7 @@
 
 import os
 
-from . import machine, plots, tables, works
+from . import goals, machine, plots, tables, works
 from .contenders import ROOT
 from .netns import read, write
 from .results import Results, load
@@ -10,15 +10,17 @@ from .tables import number, table
 
 DOCS, README, PLOTS = "docs/benchmarks.md", "README.md", "docs/plots"
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->"
-OURS = ("nsplice", "nsplice-copy", "nsplice-splice", "nsplice-1", "nsplice-poll")
 
 
 def files(paths):
     """What the docs should be: {path: text}."""
-    found = Results([load(path) for path in paths])
+    documents = [load(path) for path in paths]
+    # With CPUs of their own client and server are something else to measure, not to be mixed in.
+    found = Results([one for one in documents if not one["settings"]["pin"]])
+    pinned = Results([one for one in documents if one["settings"]["pin"]])
     pictures = draw(found)
     wanted = {f"{PLOTS}/{name}": picture for name, picture in pictures.items()}
-    wanted[DOCS] = replaced(DOCS, measured(found, pictures))
+    wanted[DOCS] = replaced(DOCS, measured(found, pinned, pictures))
     wanted[README] = replaced(README, summary(found, pictures))
     return wanted
 
@@ -74,10 +76,10 @@ def draw(found):
 # --- Parts ------------------------------------------------------------------------------------
 
 
-def measured(found, pictures):
+def measured(found, pinned, pictures):
     """All there is, for docs/benchmarks.md."""
     parts = ["### Machine and contenders", conditions(found), contender_table(found)]
-    parts += ["### To reach", goals(found)]
+    parts += ["### To reach", goals.tables(found, pinned)]
     names = main_works(found)
     parts += ["### Each work", *images(pictures, "rates.svg", "costs.svg", "latencies.svg")]
     curve_works = {name for _, name in plots.size_points(found) + plots.connection_points(found)}
@@ -88,6 +90,9 @@ def measured(found, pictures):
         parts += ["### Message size", *images(pictures, "sizes.svg"), size_table(found)]
     if "connections.svg" in pictures:
         parts += ["### Connections", *images(pictures, "connections.svg"), connection_table(found)]
+    if pinned.works:
+        parts += ["### Client and server on CPUs of their own", conditions(pinned)]
+        parts.append(tables.all_works(pinned, heading="####"))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -123,12 +128,7 @@ def conditions(found):
 
 
 def others_named(found):
-    return ", ".join(found.title(name) for name in others(found))
-
-
-def others(found):
-    """Who is neither ours, nor the reference, nor no forwarder."""
-    return [name for name in found.contenders if name not in (*OURS, "reference", "direct")]
+    return ", ".join(found.title(name) for name in found.others())
 
 
 def contender_table(found):
@@ -153,7 +153,7 @@ def main_table(found):
             beside = f" beside {number(bulk)} Gbit/s" if bulk is not None else ""
             return number(found.median(name, contender, key)) + beside
 
-        best = found.best(name, others(found), key, highest=not alone)
+        best = found.best(name, found.others(), key, highest=not alone)
         ratio = found.ratio(name, "nsplice", "reference", key)
         cost = {"GB": " s/GB", "10k": " s/10k"}[work.unit]
         rows.append([
@@ -173,7 +173,7 @@ def size_table(found):
     return (
         "Forwarder CPU in us for an operation, which is a request and its response; the last "
         "column is `auto` over the better of copy and splice, the median of the rounds' ratios:\n\n"
-        + curve_table(found, plots.size_points(found), "size", works.size_name, over_better)
+        + curve_table(found, plots.size_points(found), "size", works.size_name, auto_over_better)
     )
 
 
@@ -201,50 +201,6 @@ def curve_table(found, points, head, label, extra=None):
     return table([head, *titles] + (["auto / better"] if extra else []), rows)
 
 
-def over_better(found, name):
-    ratios = [found.ratio(name, "nsplice", other, "cpu")
-              for other in ("nsplice-copy", "nsplice-splice")]
-    known = [ratio for ratio in ratios if ratio is not None]
-    return f"{max(known):.2f}" if known else "-"
-
-
-# --- What the design wants --------------------------------------------------------------------
-
-
-def goals(found):
-    """The ratios that were to be reached, and what was measured."""
-    rows = []
-
-    def goal(what, limit, value, least):
-        if value is None:
-            return
-        reached = value >= limit if least else value <= limit
-        sign = "at least" if least else "at most"
-        rows.append([what, f"{sign} {limit:g}", number(value), "yes" if reached else "**no**"])
-
-    for name, limit in (
-        ("bulk-1", 2.8), ("bulk-8", 4.2), ("rr-64Bx64", 1.4), ("rr-16Kx16", 1.6),
-        ("rr-128Kx16", 4.0), ("crr-16", 1.5),
-    ):
-        ratio = found.ratio(name, "nsplice", "reference")
-        goal(f"{works.work(name).title}: rate / netns_tcp_bridge", limit, ratio, True)
-    ratio = found.ratio("bulk-1", "nsplice", "direct")
-    goal("Bulk, 1 connection: rate / no forwarder", 0.85, ratio, True)
-    ratio = found.ratio("bulk-8", "nsplice", "reference", "cpu")
-    goal("Bulk, 8 connections: forwarder CPU / netns_tcp_bridge", 0.125, ratio, False)
-    ratio = found.ratio("rr-64Bx1", "nsplice", "reference", "p50_us")
-    goal("64 B, 1 connection: p50 / netns_tcp_bridge", 1.0, ratio, False)
-    ratio = found.ratio("rr-64Bx1", "nsplice-poll", "direct", "p50_us")
-    goal("64 B, 1 connection, busy polling: p50 / no forwarder", 1.15, ratio, False)
-    ratio = found.ratio("crr-16", "nsplice", "haproxy")
-    goal("Connect, 64 B, close: rate / HAProxy", 1.0, ratio, True)
-    goal("Idle connection: bytes of RssAnon (9,000)", 512,
-         found.median("idle-9000", "nsplice", "anon_bytes"), False)
-    goal("Idle connection: descriptors", 2, found.median("idle-9000", "nsplice", "fds"), False)
-    for name in main_works(found):
-        best = found.best(name, [*others(found), "reference"])
-        if best:
-            ratio = found.ratio(name, "nsplice", best)
-            what = f"{works.work(name).title}: rate / best other ({found.title(best)})"
-            goal(what, 1.0, ratio, True)
-    return table(["ratio in the same rounds", "to reach", "measured", "reached"], rows)
+def auto_over_better(found, name):
+    ratio = goals.over_better(found, name)
+    return "-" if ratio is None else f"{ratio:.2f}"

@@ -42,7 +42,14 @@ class Results:
             self.contenders.update(document["contenders"])
 
     def title(self, contender):
-        return self.contenders[contender]["title"]
+        return self.contenders.get(contender, {"title": contender})["title"]
+
+    def is_other(self, contender):
+        """Whether it is neither ours, nor the reference, nor no forwarder."""
+        return not contender.startswith("nsplice") and contender not in ("reference", "direct")
+
+    def others(self):
+        return [name for name in self.contenders if self.is_other(name)]
 
     def rounds(self, work, contender):
         return self.works.get(work, {}).get(contender, [])

@@ -78,8 +78,8 @@ def of_idle(found, name):
     return table(head, rows)
 
 
-def all_works(found):
+def all_works(found, heading="###"):
     parts = []
     for name in found.works:
-        parts.append(f"### {works.work(name).title} (`{name}`)\n\n{of_work(found, name)}")
+        parts.append(f"{heading} {works.work(name).title} (`{name}`)\n\n{of_work(found, name)}")
     return "\n\n".join(parts)
