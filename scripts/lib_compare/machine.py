@@ -21,12 +21,18 @@ def facts():
     }
 
 
+# What a run depends on: what the programs are built of and by, and what starts and measures them.
+MEASURED_BY = (
+    "src benches examples Cargo.toml Cargo.lock .cargo build.rs rust-toolchain rust-toolchain.toml "
+    "scripts"
+).split()
+
+
 def commit():
-    """The commit that last changed what the programs are built of, and whether they have changed
-    since."""
-    built_of = ["--", "src", "benches", "examples", "Cargo.toml", "Cargo.lock"]
-    last = git("log", "-1", "--format=%h", *built_of)
-    return (last or "unknown") + ("-dirty" if git("status", "--porcelain", *built_of) else "")
+    """The commit that last changed what a run depends on, and whether that has changed since."""
+    paths = ["--", *MEASURED_BY]
+    last = git("log", "-1", "--format=%h", *paths)
+    return (last or "unknown") + ("-dirty" if git("status", "--porcelain", *paths) else "")
 
 
 def git(*arguments):
