@@ -230,15 +230,18 @@ def cargo_version(crate):
     return found[-1] if found else "unknown"
 
 
+def of_nsplice(program, name, title, settings, *arguments):
+    return Contender(name, title, settings, between(*arguments), program, (program, "-V"))
+
+
 def known(options):
     """Every contender by name."""
-    ns, relay = options.nsplice, options.relay
-    version = (ns, "-V")
+    relay = options.relay
     installed = os.path.dirname(os.path.dirname(os.path.abspath(options.reference)))
     reference = ("cat", os.path.join(installed, ".crates.toml"))
 
-    def of_nsplice(name, title, settings, *arguments):
-        return Contender(name, title, settings, between(*arguments), ns, version)
+    def nsplice(name, title, settings, *arguments):
+        return of_nsplice(options.nsplice, name, title, settings, *arguments)
 
     def of_relay(kind, settings, crate, descriptors=2):
         say = ("echo", cargo_version(crate))
@@ -252,12 +255,12 @@ def known(options):
             "reference", "netns_tcp_bridge", "it has no settings; its backlog is 16",
             between(), options.reference, reference,
         ),
-        of_nsplice("nsplice", "nsplice", "as it is: one worker for each CPU, `--transfer auto`"),
-        of_nsplice("nsplice-copy", "nsplice, copy", "`--transfer copy`", "--transfer", "copy"),
-        of_nsplice("nsplice-splice", "nsplice, splice", "`--transfer splice`",
-                   "--transfer", "splice"),
-        of_nsplice("nsplice-1", "nsplice, 1 worker", "`--workers 1`", "--workers", "1"),
-        of_nsplice("nsplice-poll", "nsplice, busy poll", "`--busy-poll 50`", "--busy-poll", "50"),
+        nsplice("nsplice", "nsplice", "as it is: one worker for each CPU, `--transfer auto`"),
+        nsplice("nsplice-copy", "nsplice, copy", "`--transfer copy`", "--transfer", "copy"),
+        nsplice("nsplice-splice", "nsplice, splice", "`--transfer splice`",
+                "--transfer", "splice"),
+        nsplice("nsplice-1", "nsplice, 1 worker", "`--workers 1`", "--workers", "1"),
+        nsplice("nsplice-poll", "nsplice, busy poll", "`--busy-poll 50`", "--busy-poll", "50"),
         Contender(
             "haproxy", "HAProxy", "TCP mode, a thread for each CPU, `option splice-request` and "
             "`splice-response` (`splice-auto` copies what bulk is here), pipes of 1 MiB; it sets "
@@ -300,8 +303,9 @@ def of_command(text):
     words = shlex.split(command)
     if not name or not words:
         raise ValueError(f"{text}: not NAME=COMMAND")
-    launch = between(*words[1:])
-    return Contender(name, name, f"`{command}`", launch, words[0])
+    # Where the program lies says nothing to whoever reads the results elsewhere.
+    shown = shlex.join([os.path.basename(words[0]), *words[1:]])
+    return Contender(name, name, f"`{shown}`", between(*words[1:]), words[0])
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
-"""The generated parts of docs/benchmarks.md and README.md, and docs/plots."""
+"""The generated parts of docs/benchmarks.md and README.md, docs/plots, and docs/levers.md."""
 
+import glob
 import os
 
-from . import goals, machine, plots, tables, works
+from . import goals, levers, machine, plots, tables, works
 from .contenders import ROOT
 from .netns import read, write
 from .results import Results, load
@@ -14,7 +15,25 @@ BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->"
 
 def files(paths):
     """What the docs should be: {path: text}."""
-    documents = [load(path) for path in paths]
+    documents = [load(path) for path in paths or published()]
+    of_levers = [one for one in documents if one.get("kind") == levers.KIND]
+    documents = [one for one in documents if one.get("kind") != levers.KIND]
+    wanted = of_benchmarks(documents) if documents else {}
+    if of_levers:
+        wanted[levers.DOCS] = levers.text(of_levers)
+    return wanted
+
+
+def published():
+    """The results that docs/ has, what is to be shown last at the end."""
+    paths = []
+    for name in ("benchmarks", "levers"):
+        more = glob.glob(os.path.join(ROOT, f"docs/{name}-*.json"))
+        paths += [os.path.join(ROOT, f"docs/{name}.json"), *sorted(more)]
+    return [path for path in paths if os.path.exists(path)]
+
+
+def of_benchmarks(documents):
     # With CPUs of their own client and server are something else to measure, not to be mixed in.
     found = Results([one for one in documents if not one["settings"]["pin"]])
     pinned = Results([one for one in documents if one["settings"]["pin"]])
@@ -37,8 +56,8 @@ def check(paths):
     for path, text in files(paths).items():
         whole = os.path.join(ROOT, path)
         if not os.path.exists(whole) or read(whole) != text:
-            names = " ".join(paths)
-            raise SystemExit(f"compare: {path} is not of {names}: scripts/compare --render {names}")
+            names = " ".join(["scripts/compare --render", *paths])
+            raise SystemExit(f"compare: {path} is not what the results say: {names}")
 
 
 def replaced(path, text):

@@ -71,12 +71,15 @@ class Results:
 
     def ratio(self, work, contender, other, key="figure"):
         """The median over the rounds of one's figure over another's in the same round."""
+        ratios = self.ratios(work, contender, other, key)
+        return statistics.median(ratios) if ratios else None
+
+    def ratios(self, work, contender, other, key="figure"):
         pairs = zip(self.rounds(work, contender), self.rounds(work, other))
-        ratios = [
+        return [
             mine[key] / theirs[key] for mine, theirs in pairs
             if key in mine and theirs.get(key)
         ]
-        return statistics.median(ratios) if ratios else None
 
     def best(self, work, contenders, key="figure", highest=True):
         """Who of the contenders has the best median."""
