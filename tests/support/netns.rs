@@ -106,6 +106,11 @@ impl Netns {
         })
     }
 
+    /// Makes connecting to `host` fail with EHOSTUNREACH.
+    pub fn reject(&self, host: std::net::Ipv4Addr) {
+        self.enter(|| add_reject_route(host)).unwrap();
+    }
+
     /// Sets a sysctl of the namespace, such as `net/ipv4/ip_local_port_range`.
     pub fn sysctl(&self, name: &str, value: &str) {
         self.enter(|| std::fs::write(format!("/proc/sys/{name}"), value)).unwrap();
@@ -126,6 +131,22 @@ fn bring_loopback_up() -> io::Result<()> {
     request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
     // SAFETY: SIOCSIFFLAGS reads an ifreq, which `request` is, and keeps no pointer to it.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) };
+    nix::errno::Errno::result(result)?;
+    Ok(())
+}
+
+fn add_reject_route(host: std::net::Ipv4Addr) -> io::Result<()> {
+    // SAFETY: rtentry is plain data; all zeroes is a valid value.
+    let mut route: libc::rtentry = unsafe { std::mem::zeroed() };
+    route.rt_flags = libc::RTF_UP | libc::RTF_HOST | libc::RTF_REJECT;
+    for (field, ip) in [(&mut route.rt_dst, host), (&mut route.rt_genmask, [255; 4].into())] {
+        field.sa_family = libc::AF_INET as libc::sa_family_t;
+        // As sockaddr_in: two bytes of port, then the address.
+        field.sa_data[2..6].copy_from_slice(&ip.octets().map(|byte| byte as libc::c_char));
+    }
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    // SAFETY: SIOCADDRT reads an rtentry, which `route` is, and keeps no pointer to it.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT, &route) };
     nix::errno::Errno::result(result)?;
     Ok(())
 }

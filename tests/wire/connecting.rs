@@ -17,10 +17,32 @@ use crate::support::streams::connect;
 /// The target refuses the connection.
 pub fn refused(stage: &Stage) -> Seen {
     let port = stage.targets.free_port([127, 0, 0, 1].into());
-    let route = stage.route_to(Err(([127, 0, 0, 1], port).into()));
+    fail(&stage.route_to(Err(([127, 0, 0, 1], port).into())))
+}
+
+/// There is no route to the target.
+pub fn no_network(stage: &Stage) -> Seen {
+    fail(&stage.route_to(Err(([192, 0, 2, 1], 9).into())))
+}
+
+/// There is one, and the router tells that the target's host cannot be reached.
+pub fn no_host(stage: &Stage) -> Seen {
+    stage.targets.reject([192, 0, 2, 2].into());
+    fail(&stage.route_to(Err(([192, 0, 2, 2], 9).into())))
+}
+
+/// The target does not answer, until the kernel gives up.
+pub fn timed_out(stage: &Stage) -> Seen {
+    stage.targets.sysctl("net/ipv4/tcp_syn_retries", "1");
+    stage.targets.sysctl("net/ipv4/tcp_syn_linear_timeouts", "0");
+    fail(&Busy::new(stage).route)
+}
+
+fn fail(route: &Route) -> Seen {
     let client = match route.connect(None) {
         Ok(stream) => {
             let mut client = end(stream, 0);
+            client.unhurried();
             client.read_to_end();
             client.into_notes()
         }

@@ -17,8 +17,8 @@ use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 
 use crate::support::streams::Pattern;
 
-/// A wait as long as this is noted. Without anything in between all are far shorter; the stalls
-/// TCP is known for (a delayed packet, a lost one) last 200 ms and more.
+/// A wait as long as this is noted, where a script has none of its own. Without anything in between
+/// all are far shorter; a delayed or lost packet makes them last 200 ms and more.
 pub const STALL: Duration = Duration::from_millis(150);
 
 /// What the note of such a wait says.
@@ -42,8 +42,10 @@ pub struct End {
     expects: Pattern,
     /// Read urgent bytes in their place in the stream.
     inline: bool,
-    /// Note when something takes long.
+    /// Note when something takes long ...
     hurried: bool,
+    /// ... as long as this.
+    stall: Duration,
     notes: Vec<String>,
     /// Set when something does not happen: what would come next is not worth waiting for.
     given_up: Arc<AtomicBool>,
@@ -57,7 +59,13 @@ impl End {
         setsockopt(&stream, sockopt::OobInline, &true).unwrap();
         let (sends, expects) = (Pattern::new(side, u64::MAX), Pattern::new(1 - side, u64::MAX));
         let (stream, notes) = (Some(stream), Vec::new());
-        Self { stream, sends, expects, inline: true, hurried: true, notes, given_up }
+        let (inline, hurried, stall) = (true, true, STALL);
+        Self { stream, sends, expects, inline, hurried, stall, notes, given_up }
+    }
+
+    /// Has waits noted that are as long as `stall`.
+    pub fn with_stall(self, stall: Duration) -> Self {
+        Self { stall, ..self }
     }
 
     /// From here on long waits are part of the script.
@@ -344,7 +352,7 @@ impl End {
     }
 
     fn stalled(&self, waited: Duration) -> &'static str {
-        if self.hurried && waited >= STALL { STALLED } else { "" }
+        if self.hurried && waited >= self.stall { STALLED } else { "" }
     }
 
     /// Whether the condition comes true in time.

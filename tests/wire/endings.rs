@@ -186,6 +186,41 @@ pub fn reset_after_bytes_and_fin_at_once(a: &mut End, b: &mut End) {
     b.write_until_it_fails();
 }
 
+/// What `b` ends was cut before; the reset came first.
+pub fn reset_after_fin_met_by_fin(a: &mut End, b: &mut End) {
+    greet(a, b);
+    a.shut();
+    a.reset();
+    b.wait_until_failed();
+    b.shut();
+    b.read_to_end();
+    b.write_until_it_fails();
+}
+
+/// All was said before: to `b` there is nothing to reset.
+pub fn reset_after_both_fins(a: &mut End, b: &mut End) {
+    greet(a, b);
+    a.shut();
+    b.read_to_end();
+    b.shut();
+    a.read_to_end();
+    a.reset();
+    b.read_to_end();
+    b.write_until_it_fails();
+}
+
+pub fn reset_after_both_fins_with_bytes(a: &mut End, b: &mut End) {
+    greet(a, b);
+    a.send(1000);
+    b.shut();
+    a.read_to_end();
+    a.shut();
+    a.wait_until_acknowledged();
+    a.reset();
+    b.read_to_end();
+    b.write_until_it_fails();
+}
+
 /// As above, on a way that was full before, so that it is watched for room, and for failures.
 pub fn reset_after_bytes_and_fin_at_once_after_back_pressure(a: &mut End, b: &mut End) {
     a.unhurried();

@@ -1,6 +1,8 @@
 //! The table of scripts: each row a way to use a connection, by name, and how it is run.
 
-use super::end::End;
+use std::time::Duration;
+
+use super::end::{End, STALL};
 use super::stage::Stage;
 use super::{connecting, endings, streams, urgent};
 
@@ -36,7 +38,12 @@ pub struct Row {
     script: Script,
     /// Size of the receive buffers, where it matters.
     receive_bytes: Option<usize>,
+    /// A wait as long as this is noted.
+    stall: Duration,
 }
+
+/// A little less than what Nagle's algorithm and a delayed acknowledgement make of a wait: 40 ms.
+const SHORT_STALL: Duration = Duration::from_millis(35);
 
 /// So small that a receiver is soon full.
 const SMALL: usize = 16 << 10;
@@ -51,7 +58,7 @@ impl Row {
             Script::ClientActs(script) => (script, true),
             Script::ServerActs(script) => (script, false),
         };
-        let Some((mut client, mut server)) = stage.pair(self.receive_bytes) else {
+        let Some((mut client, mut server)) = stage.pair(self.receive_bytes, self.stall) else {
             stage.forget();
             return Seen { client: vec!["no connection".to_owned()], server: Vec::new() };
         };
@@ -81,20 +88,21 @@ fn merge(notes: Vec<String>) -> Vec<String> {
 }
 
 /// Rows under construction.
-#[derive(Default)]
 struct Table {
     group: &'static str,
+    stall: Duration,
     rows: Vec<Row>,
 }
 
 impl Table {
-    fn group(&mut self, group: &'static str) {
-        self.group = group;
+    fn group(&mut self, group: &'static str, stall: Duration) {
+        (self.group, self.stall) = (group, stall);
     }
 
     fn add(&mut self, name: String, script: Script) -> &mut Row {
-        let (group, wanted, receive_bytes) = (self.group, Wanted::AsDirect, None);
-        self.rows.push(Row { group, name, wanted, script, receive_bytes });
+        let &mut Self { group, stall, .. } = self;
+        let (wanted, receive_bytes) = (Wanted::AsDirect, None);
+        self.rows.push(Row { group, name, wanted, script, receive_bytes, stall });
         self.rows.last_mut().expect("one was just added")
     }
 
@@ -120,7 +128,7 @@ impl Table {
 
 /// All rows.
 pub fn rows() -> Vec<Row> {
-    let mut table = Table::default();
+    let mut table = Table { group: "", stall: STALL, rows: Vec::new() };
     orderly_ends(&mut table);
     resets(&mut table);
     connections(&mut table);
@@ -131,7 +139,7 @@ pub fn rows() -> Vec<Row> {
 }
 
 fn orderly_ends(table: &mut Table) {
-    table.group("Orderly ends");
+    table.group("Orderly ends", STALL);
     table.both("{a} ends its stream with its last byte, {b} answers", endings::fin_after_last_byte);
     table.both("{a} ends its stream with the last byte of 3 MiB", endings::fin_after_bulk);
     table.both("{a} only ends its stream, {b} sends 3 MiB", endings::bulk_back_after_half_close);
@@ -147,7 +155,7 @@ fn orderly_ends(table: &mut Table) {
 }
 
 fn resets(table: &mut Table) {
-    table.group("Resets");
+    table.group("Resets", STALL);
     table.both("{a} resets", endings::reset_when_idle);
     table.both("{a} resets as soon as it can", endings::reset_at_once);
     table.both("{a} resets, {b} writes before it reads", endings::reset_met_by_write);
@@ -177,6 +185,15 @@ fn resets(table: &mut Table) {
         endings::reset_after_unread_bulk,
     );
     table.both("{a} resets after 3 MiB each way", endings::reset_after_both_carried_data);
+    table.both(
+        "{a} ends its stream and resets at once, {b} ends its own before it reads",
+        endings::reset_after_fin_met_by_fin,
+    );
+    table.both("{a}, then {b} ends its stream, then {a} resets", endings::reset_after_both_fins);
+    table.both(
+        "{a} sends, {b} ends its stream, {a} ends its own and resets before {b} reads",
+        endings::reset_after_both_fins_with_bytes,
+    );
     table.both(
         "{a} reads nothing, and resets while {b} is blocked",
         endings::reset_by_stopped_reader,
@@ -221,12 +238,18 @@ fn resets(table: &mut Table) {
 }
 
 fn connections(table: &mut Table) {
-    table.group("Connecting");
-    table.stage("nothing listens at the target", connecting::refused).wanted = Wanted::ByNature(
-        "the client is connected before it is known; it must be a reset, never an orderly end",
-        &["ECONNRESET"],
-        &[],
-    );
+    table.group("Connecting", STALL);
+    let mut failure = |name, script| {
+        table.stage(name, script).wanted = Wanted::ByNature(
+            "the client is connected before it is known; it must be a reset, never an orderly end",
+            &["ECONNRESET"],
+            &[],
+        );
+    };
+    failure("nothing listens at the target", connecting::refused);
+    failure("there is no route to the target", connecting::no_network);
+    failure("the target's host cannot be reached", connecting::no_host);
+    failure("the target does not answer in time", connecting::timed_out);
     table.stage(
         "client resets while the target does not answer",
         connecting::reset_while_connecting,
@@ -250,7 +273,7 @@ fn connections(table: &mut Table) {
 }
 
 fn urgent_bytes(table: &mut Table) {
-    table.group("Urgent data");
+    table.group("Urgent data", STALL);
     table.both("{a} sends an urgent byte alone", urgent::alone);
     table.both("{a} sends an urgent byte first", urgent::at_start);
     table.both("{a} sends 100 bytes as urgent, so the last one is", urgent::last_of_several);
@@ -266,6 +289,22 @@ fn urgent_bytes(table: &mut Table) {
     table.both("{a} sends only an urgent byte and ends its stream", urgent::alone_before_fin);
     table.both("{a} sends an urgent byte and resets before {b} reads", urgent::before_reset);
     table.both("{a} sends an urgent byte and resets at once", urgent::before_reset_at_once);
+    table.both(
+        "{a} sends 8191 bytes, an urgent one and 100 more, and resets at once",
+        urgent::amid_bytes_before_reset_at_once::<8191>,
+    );
+    table.both(
+        "{a} sends 8192 bytes, an urgent one and 100 more, and resets at once",
+        urgent::amid_bytes_before_reset_at_once::<8192>,
+    );
+    table.both(
+        "{a} sends 8193 bytes, an urgent one and 100 more, and resets at once",
+        urgent::amid_bytes_before_reset_at_once::<8193>,
+    );
+    table.both(
+        "{a} sends 60000 bytes, an urgent one and 100 more, and resets at once",
+        urgent::amid_bytes_before_reset_at_once::<60_000>,
+    );
     table.both(
         "{a} sends an urgent byte after {b} has ended its stream",
         urgent::after_half_close_of_the_other,
@@ -284,7 +323,7 @@ fn urgent_bytes(table: &mut Table) {
 }
 
 fn amounts(table: &mut Table) {
-    table.group("Amounts");
+    table.group("Amounts, no wait of 35 ms", SHORT_STALL);
     table.both("{a} sends 8191 bytes, {b} answers, three times", streams::messages::<8191>);
     table.both("{a} sends 8192 bytes, {b} answers, three times", streams::messages::<8192>);
     table.both("{a} sends 8193 bytes, {b} answers, three times", streams::messages::<8193>);
@@ -297,7 +336,7 @@ fn amounts(table: &mut Table) {
 }
 
 fn pauses(table: &mut Table) {
-    table.group("Timing");
+    table.group("Timing, no wait of 35 ms", SHORT_STALL);
     table.both("{a} sends byte after byte, {b} reads each", streams::dribble);
     table.both("{a} sends 200000 bytes in writes of 37", streams::many_small_writes);
     table.both(

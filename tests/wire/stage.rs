@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
@@ -92,8 +93,9 @@ impl Stage {
     }
 
     /// A connection from end to end: the client, then the server. `receive_bytes`: the size of
-    /// both receive buffers, if it is to be a certain one. `None`: no connection comes about.
-    pub fn pair(&self, receive_bytes: Option<usize>) -> Option<(End, End)> {
+    /// both receive buffers, if it is to be a certain one. `stall`: waits that are noted. `None`: no
+    /// connection comes about.
+    pub fn pair(&self, receive_bytes: Option<usize>, stall: Duration) -> Option<(End, End)> {
         let cached = self.routes.borrow().get(&receive_bytes).cloned();
         let route = cached.unwrap_or_else(|| {
             let listener = self.targets.listen("127.0.0.1:0");
@@ -105,7 +107,8 @@ impl Stage {
         let client = route.connect(receive_bytes).ok()?;
         let server = route.accept()?;
         let given_up = Arc::new(AtomicBool::new(false));
-        Some((End::new(client, 0, given_up.clone()), End::new(server, 1, given_up)))
+        let end = |stream, side| End::new(stream, side, given_up.clone()).with_stall(stall);
+        Some((end(client, 0), end(server, 1)))
     }
 
     /// Forgets the forwarders, which may have connections that nobody waits for.

@@ -1,13 +1,10 @@
 //! Amounts of bytes, and the times they are sent at. `a` sends, `b` receives.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::end::{End, STALLED, both};
+use super::end::{End, both};
 
 const MIB: u64 = 1 << 20;
-
-/// A round of a few bytes takes less; Nagle's algorithm and a delayed acknowledgement make it 40 ms.
-const SLOW: Duration = Duration::from_millis(35);
 
 /// One message and its answer.
 fn ask(a: &mut End, b: &mut End, bytes: u64) {
@@ -66,9 +63,7 @@ pub fn ping_pong_in_two_writes(a: &mut End, b: &mut End) {
 fn ping_pong(a: &mut End, b: &mut End, writes: &[u64]) {
     const ROUNDS: u32 = 100;
     let bytes = writes.iter().sum();
-    let mut slow = 0;
     for _ in 0..ROUNDS {
-        let start = Instant::now();
         for &write in writes {
             a.send(write);
         }
@@ -77,16 +72,11 @@ fn ping_pong(a: &mut End, b: &mut End, writes: &[u64]) {
             b.send(write);
         }
         a.read(bytes);
-        slow += u32::from(start.elapsed() > SLOW);
-    }
-    // A busy machine makes a few slow.
-    if slow > ROUNDS / 10 {
-        a.note(format!("rounds of 40 ms{STALLED}"));
     }
 }
 
 /// A pipe's slots each hold a piece of a packet. A message that fills 16 of them, and then a wait
-/// for the answer, is what stalls where a splice announces that more will come (kernel-fact 4).
+/// for the answer, is what stalls where a splice announces that more will come (tests/kernel/splicing.rs).
 pub fn sixteen_slots(a: &mut End, b: &mut End) {
     for bytes in [4096, 32768] {
         for pieces in [15, 16, 17, 32] {

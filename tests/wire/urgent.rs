@@ -133,6 +133,15 @@ pub fn before_reset_at_once(a: &mut End, b: &mut End) {
     b.read_to_end();
 }
 
+/// Around the size at which splice begins: there the failure may be told at the mark.
+pub fn amid_bytes_before_reset_at_once<const BYTES: u64>(a: &mut End, b: &mut End) {
+    a.send(BYTES);
+    a.send_urgent(1);
+    a.send(100);
+    a.reset();
+    b.read_to_end();
+}
+
 pub fn before_reset(a: &mut End, b: &mut End) {
     a.send(1000);
     a.send_urgent(1);
