@@ -137,25 +137,28 @@ def inheriting(command_for):
     return launch
 
 
-def haproxy(contender, place, fd):
-    config = f"""
-        global
-            maxconn {CONNECTIONS_MAX}
-            maxpipes 512
-            nbthread {os.cpu_count()}
-            tune.pipesize 1048576
-        defaults
-            mode tcp
-            option splice-request
-            option splice-response
-            timeout connect 10s
-            timeout client 1h
-            timeout server 1h
-        listen forward
-            bind fd@{fd}
-            server target {TARGET}
-        """
-    return [contender.program, "-db", "-f", place.file("haproxy.cfg", config)], {}
+def haproxy(*splice):
+    def command_for(contender, place, fd):
+        options = "\n".join(f"option {option}" for option in splice)
+        config = f"""
+            global
+                maxconn {CONNECTIONS_MAX}
+                maxpipes 512
+                nbthread {os.cpu_count()}
+                tune.pipesize 1048576
+            defaults
+                mode tcp
+                {options}
+                timeout connect 10s
+                timeout client 1h
+                timeout server 1h
+            listen forward
+                bind fd@{fd}
+                server target {TARGET}
+            """
+        return [contender.program, "-db", "-f", place.file("haproxy.cfg", config)], {}
+
+    return inheriting(command_for)
 
 
 def nginx(contender, place, fd):
@@ -263,8 +266,13 @@ def known(options):
         nsplice("nsplice-poll", "nsplice, busy poll", "`--busy-poll 50`", "--busy-poll", "50"),
         Contender(
             "haproxy", "HAProxy", "TCP mode, a thread for each CPU, `option splice-request` and "
-            "`splice-response` (`splice-auto` copies what bulk is here), pipes of 1 MiB; it sets "
-            "TCP_NODELAY itself", inheriting(haproxy), "haproxy", ("haproxy", "-v"),
+            "`splice-response`, pipes of 1 MiB; it sets TCP_NODELAY itself",
+            haproxy("splice-request", "splice-response"), "haproxy", ("haproxy", "-v"),
+        ),
+        Contender(
+            "haproxy-auto", "HAProxy, splice-auto", "the same with `option splice-auto`, which "
+            "copies most of what bulk is here", haproxy("splice-auto"), "haproxy",
+            ("haproxy", "-v"),
         ),
         Contender(
             "nginx", "nginx stream", "a worker for each CPU, `proxy_buffer_size 64k` (16k by "

@@ -99,7 +99,7 @@ SIZES = [f"rr-{size}x16" for size in "64B 256B 1K 4K 16K 64K 128K 256K 1M".split
 CONNECTIONS = [f"rr-64Bx{count}" for count in (1, 10, 100, 1000, 5000)] + ["rr-64Bx1+idle9000"]
 
 MAIN_CONTENDERS = (
-    "direct reference nsplice haproxy nginx socat proxyd pasta "
+    "direct reference nsplice haproxy haproxy-auto nginx socat proxyd pasta "
     "tokio-8k tokio-64k tokio-uring uring-splice epoll-splice"
 ).split()
 SIZE_CONTENDERS = "direct reference nsplice nsplice-copy nsplice-splice haproxy epoll-splice".split()
