@@ -321,6 +321,10 @@ impl Engine for Uring {
     }
 
     fn wait(&mut self, sleep: Sleep) -> Result<(), Errno> {
+        if self.inbox.is_empty() {
+            // From its beginning again: what is used is what is needed at a time.
+            self.inbox.clear();
+        }
         self.inbox.extend(self.ring.completion());
         let spins = sleep != Sleep::No && !self.busy_poll.is_zero();
         if spins && self.inbox.is_empty() {

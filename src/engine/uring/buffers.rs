@@ -21,8 +21,8 @@ use crate::flow::half::BUFFER_BYTES;
 const MAX_BUFFERS: u16 = 8192;
 
 /// Buffers provided at the start, and again whenever the kernel runs out of them. Few, because
-/// the kernel uses them in turn: all that are provided pass through the cache.
-const STEP_BUFFERS: u16 = 64;
+/// the kernel uses them in turn: all that are provided take memory, and pass through the cache.
+const STEP_BUFFERS: u16 = 16;
 
 /// The buffer group's number in its ring; a ring has only one.
 pub(super) const GROUP: u16 = 0;
