@@ -2,18 +2,16 @@
 //! once, the listening socket (or the only client), or each connection it accepts.
 
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::signalfd::SignalFd;
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, getsockname, setsockopt, socket,
-    sockopt,
-};
+use nix::sys::socket::SockaddrStorage;
 use nix::unistd::write;
 
+use self::binding::{bind_and_listen, cannot_listen, listen_at, own_address, socket_address};
 pub use self::outbox::Outbox;
 use self::outbox::{accept_batch, give, have_room};
 use crate::config::{Config, Handoff};
@@ -28,6 +26,7 @@ use crate::socket::{prepare, reset};
 use crate::sys::{SharedCounters, listen, set_nonblocking};
 use crate::takeover::{Answer, Takeover};
 
+mod binding;
 mod ending;
 mod outbox;
 
@@ -110,48 +109,6 @@ pub fn run(part: Part) -> Result<u8> {
     }
     announce(address.as_ref(), part.config.verbose, part.ready);
     serving.serve()
-}
-
-/// Listens at `address` in the namespace this process is in.
-fn listen_at(address: SocketAddr, config: &Config) -> Result<OwnedFd> {
-    bind_and_listen(address, config).map_err(|errno| cannot_listen(address, errno))
-}
-
-fn cannot_listen(address: SocketAddr, errno: Errno) -> Error {
-    let cause = match errno {
-        Errno::EADDRINUSE => "another socket listens there",
-        Errno::EADDRNOTAVAIL => {
-            "no interface of the listen side's namespace has this address; is it up?"
-        }
-        Errno::EACCES => "ports below net.ipv4.ip_unprivileged_port_start need root",
-        _ => "",
-    };
-    Error::system(Kind::Socket, format!("-l {address}: cannot listen"), errno, cause)
-}
-
-fn bind_and_listen(address: SocketAddr, config: &Config) -> std::result::Result<OwnedFd, Errno> {
-    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let listener = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    setsockopt(&listener, sockopt::ReuseAddr, &true)?;
-    // Accepted sockets inherit what is set here (tests/kernel/accepting.rs).
-    prepare(&listener, &config.sockets)?;
-    if address.is_ipv6() {
-        setsockopt(&listener, sockopt::Ipv6V6Only, &false)?;
-    }
-    bind(listener.as_raw_fd(), &SockaddrStorage::from(address))?;
-    listen(&listener, config.backlog)?;
-    Ok(listener)
-}
-
-/// The address a socket is bound to, if it can be told.
-fn own_address(socket: &OwnedFd) -> Option<SockaddrStorage> {
-    getsockname(socket.as_raw_fd()).ok()
-}
-
-/// The same address as the standard library has it; `None` if it is no internet address.
-fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
-    let v4 = address.as_sockaddr_in().map(|&address| SocketAddr::V4(address.into()));
-    v4.or_else(|| address.as_sockaddr_in6().map(|&address| SocketAddr::V6(address.into())))
 }
 
 fn send(control: &Channel, message: Message, sockets: &[BorrowedFd<'_>]) -> Result<()> {
