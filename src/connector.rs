@@ -2,8 +2,7 @@
 //! gives them what the listener hands over, and adds up what they did.
 
 use std::io::Write;
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::signalfd::SignalFd;
@@ -18,7 +17,7 @@ use crate::error::{Error, Kind, Result};
 use crate::flow::End;
 use crate::handoff::Channel;
 use crate::limits::Limits;
-use crate::log::{Log, say};
+use crate::log::{self, Log};
 use crate::netns::{self, Follower};
 use crate::process::ConnectPart;
 use crate::stats::Summary;
@@ -27,9 +26,6 @@ use crate::worker::Settings;
 use serving::Serving;
 
 mod serving;
-
-/// Longest time to wait at the end for the last lines of the log to be written.
-const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// What the connector is given at the fork.
 pub struct Part<'a> {
@@ -76,20 +72,25 @@ pub fn worker_cpus(config: &Config, single: bool) -> Result<Vec<usize>> {
 
 /// Serves until told to stop, or until the only connection is over. Returns the exit status.
 pub fn run(part: Part) -> Result<u8> {
+    // Before the log's thread is there, so that it is in that namespace, too.
+    if let ConnectPart::Address(_, Some(netns)) = &part.connect {
+        netns::enter(netns)?;
+    }
+    log::with(part.config.verbose, |log| serve(part, log))
+}
+
+fn serve(part: Part, log: Log) -> Result<u8> {
     let config = part.config;
     let mut follower = None;
     let (target, connected) = match part.connect {
         ConnectPart::Connected(socket) => (None, Some(socket)),
         ConnectPart::Address(address, netns) => {
             if let Some(netns) = netns {
-                netns::enter(&netns)?;
-                follower = Follower::start(netns, config.netns_gone)?;
+                follower = Follower::start(netns, config.netns_gone, log.clone())?;
             }
             (Some(address), None)
         }
     };
-    let (log, log_writer) = Log::start(config.verbose)
-        .map_err(|error| Error::new(Kind::Kernel, format!("cannot start a thread: {error}")))?;
     let settings = Settings {
         transfer: config.transfer,
         grace_ms: config.reset_timeout_ms,
@@ -118,7 +119,7 @@ pub fn run(part: Part) -> Result<u8> {
         handoff: handoff.next(),
         ended: part.ended.clone(),
     });
-    let (engine, mut crew) = if is_to_use_uring(config.engine)? {
+    let (engine, mut crew) = if is_to_use_uring(config.engine, &log)? {
         (Uring::NAME, Crew::start::<Uring>(seeds.collect())?)
     } else {
         (Epoll::NAME, Crew::start::<Epoll>(seeds.collect())?)
@@ -128,8 +129,6 @@ pub fn run(part: Part) -> Result<u8> {
         Serving::new(&mut crew, follower, &part.control, &part.signals, drain_timeout).run();
     let (stats, last_end) = crew.stop()?;
     let stopped: u64 = stats.iter().map(|stats| stats.stopped).sum();
-    drop(log);
-    wait_for_last_lines(&log_writer);
     if config.summary == Some(SummaryFormat::Json) {
         print_summary(&Summary::new(engine, stats))?;
     }
@@ -141,15 +140,6 @@ pub fn run(part: Part) -> Result<u8> {
     Ok(if part.single && failed { Kind::Connection.status() } else { 0 })
 }
 
-/// All workers are gone, so the writer ends when it has written what it has; but a standard error
-/// that nobody reads must not keep the program from ending.
-fn wait_for_last_lines(log_writer: &JoinHandle<()>) {
-    let deadline = Instant::now() + LAST_LINES;
-    while !log_writer.is_finished() && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
 fn print_summary(summary: &Summary) -> Result<()> {
     writeln!(std::io::stdout(), "{}", summary.to_json()).map_err(|error| {
         Error::new(Kind::Socket, format!("--summary json: cannot write it: {error}"))
@@ -158,13 +148,13 @@ fn print_summary(summary: &Summary) -> Result<()> {
 
 /// Which engine all workers use. A ring that is not to be had for want of memory or descriptors is
 /// no reason to use another engine: that would hide the want.
-fn is_to_use_uring(wanted: Engine) -> Result<bool> {
+fn is_to_use_uring(wanted: Engine, log: &Log) -> Result<bool> {
     if wanted == Engine::Epoll {
         return Ok(false);
     }
     match (uring::probe(), wanted) {
         (Err(refusal), Engine::Auto) if refusal.is_lasting() => {
-            say(&format!("{refusal}; using epoll"));
+            log.plain_line(format!("{refusal}; using epoll"));
             Ok(false)
         }
         (probed, _) => probed.map(|()| true).map_err(Error::from),

@@ -127,7 +127,6 @@ impl Crew {
     /// Starts a worker with an engine of this kind for each seed and waits until all have it; or
     /// fails as the first of them did.
     pub fn start<E: Start>(seeds: Vec<Seed>) -> Result<Crew> {
-        abort_on_panic();
         let (report, reports) = channel();
         let attention = Arc::new(event_fd()?);
         let mut crew = Crew {
@@ -306,16 +305,6 @@ impl Reporter {
     }
 }
 
-/// A worker that panics ends the process, not a share of its service: with a report, and with a
-/// signal that the listener sees.
-fn abort_on_panic() {
-    let report = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
-        report(panic);
-        std::process::abort();
-    }));
-}
-
 fn spawn<E: Start>(index: usize, seed: Seed, reporter: Reporter) -> Result<Handle> {
     let (commands, orders) = channel();
     let load = Arc::new(AtomicU32::new(0));
@@ -351,28 +340,4 @@ fn event_fd() -> Result<EventFd> {
 
 fn unexpected_end() -> Error {
     Error::new(Kind::Process, "a worker thread ended unexpectedly")
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::process::ExitStatusExt;
-    use std::process::Command;
-
-    use nix::libc;
-
-    #[test]
-    fn a_worker_that_panics_ends_the_process_with_a_report() {
-        let program = std::env::current_exe().expect("this program");
-        let test = ["--exact", "crew::tests::a_thread_panics", "--ignored", "--nocapture"];
-        let output = Command::new(program).args(test).output().expect("run");
-        assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{output:?}");
-        assert!(String::from_utf8_lossy(&output.stderr).contains("on purpose"), "{output:?}");
-    }
-
-    #[test]
-    #[ignore = "ends the process: run by the other one"]
-    fn a_thread_panics() {
-        super::abort_on_panic();
-        let _ = std::thread::spawn(|| panic!("on purpose")).join();
-    }
 }

@@ -50,8 +50,8 @@ pub fn main() -> ExitCode {
         Err(error) => error,
     };
     let speaker = if error.kind() == Kind::Usage { &program } else { "Error" };
-    // Nobody is left to tell when standard error is gone; the status still says it.
-    let _ = writeln!(io::stderr(), "{speaker}: {error}");
+    // Nobody is left to tell when standard error is gone or full; the status still says it.
+    log::say_last(format!("{speaker}: {error}"));
     ExitCode::from(error.kind().status())
 }
 

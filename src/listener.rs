@@ -18,7 +18,7 @@ use crate::config::{Config, Handoff};
 use crate::error::{Error, Kind, Result};
 use crate::handoff::{Channel, Message};
 use crate::limits::Limits;
-use crate::log;
+use crate::log::{self, Log};
 use crate::netns::{self, Follower};
 use crate::process::{ListenPart, Wake, wait_any};
 use crate::queue::Queues;
@@ -67,10 +67,24 @@ pub fn outboxes(workers: Vec<Channel>, limits: &Limits) -> Vec<Outbox> {
 /// Serves until told to stop, until another process has taken over and the last connection is
 /// over, or until the connector is gone, which the caller finds out about.
 pub fn run(part: Part) -> Result<u8> {
-    let (control, signals) = (part.control, part.signals);
-    if !expect(control, signals, Message::Ready)? {
+    if !expect(part.control, part.signals, Message::Ready)? {
         return Ok(0);
     }
+    // Before the log's thread is there, so that it is in that namespace, too.
+    if let ListenPart::Bind(_, Some(netns)) = &part.listen {
+        netns::enter(netns)?;
+    }
+    let control = part.control;
+    log::with(part.config.verbose, |log| {
+        let served = serve(part, log);
+        // Before the last lines are waited for. It may be gone already.
+        let _ = control.send(Message::Stop, &[]);
+        served
+    })
+}
+
+fn serve(part: Part, log: Log) -> Result<u8> {
+    let (control, signals) = (part.control, part.signals);
     let mut serving = Serving {
         control,
         signals,
@@ -83,6 +97,7 @@ pub fn run(part: Part) -> Result<u8> {
         follower: None,
         takeover: None,
         bound: None,
+        log,
     };
     let address = match part.listen {
         ListenPart::Accepted(client) => {
@@ -92,8 +107,8 @@ pub fn run(part: Part) -> Result<u8> {
         ListenPart::Listener(listener) => serving.accept_from(listener)?,
         ListenPart::Bind(address, netns) => {
             if let Some(netns) = netns {
-                netns::enter(&netns)?;
-                serving.follower = Follower::start(netns, part.config.netns_gone)?;
+                let log = serving.log.clone();
+                serving.follower = Follower::start(netns, part.config.netns_gone, log)?;
             }
             serving.takeover =
                 part.config.takeover.as_deref().map(Takeover::prepare).transpose()?;
@@ -107,7 +122,7 @@ pub fn run(part: Part) -> Result<u8> {
     if let Some(takeover) = &mut serving.takeover {
         takeover.publish()?;
     }
-    announce(address.as_ref(), part.config.verbose, part.ready);
+    announce(address.as_ref(), &serving.log, part.ready);
     serving.serve()
 }
 
@@ -135,14 +150,14 @@ fn expect(control: &Channel, signals: &SignalFd, message: Message) -> Result<boo
     }
 }
 
-fn announce(address: Option<&SockaddrStorage>, verbose: bool, ready: Option<OwnedFd>) {
+fn announce(address: Option<&SockaddrStorage>, log: &Log, ready: Option<OwnedFd>) {
     let address = address.map_or_else(|| "unknown".to_owned(), SockaddrStorage::to_string);
     if let Some(ready) = ready {
         // Whoever asked to be told and did not wait for it is nothing to fail for.
         let _ = write(ready, format!("{address}\n").as_bytes());
     }
-    if verbose {
-        log::say_now(&format!("listening on {address}"));
+    if log.is_verbose() {
+        log.line(&format!("listening on {address}"));
     }
 }
 
@@ -163,6 +178,7 @@ struct Serving<'a> {
     takeover: Option<Takeover>,
     /// Where it listens, if that is an internet address.
     bound: Option<SocketAddr>,
+    log: Log,
 }
 
 impl Serving<'_> {
@@ -198,7 +214,7 @@ impl Serving<'_> {
                 result => {
                     if since.elapsed() >= BIND_AGAIN && result.is_ok() {
                         let ms = since.elapsed().as_millis();
-                        log::say_now(&format!("-l {address} was taken for another {ms} ms"));
+                        self.log.line(&format!("-l {address} was taken for another {ms} ms"));
                     }
                     return result.map(Some).map_err(|errno| cannot_listen(address, errno));
                 }
@@ -250,7 +266,6 @@ impl Serving<'_> {
 
     fn serve(mut self) -> Result<u8> {
         let mut paused = false;
-        let mut failures = log::Failures::default();
         loop {
             let are_waiting = self.take_queues();
             let blocked = self.flush();
@@ -269,7 +284,6 @@ impl Serving<'_> {
             {
                 return ending::Ending::succeeded(self).run();
             }
-            failures.tell_left_out();
             if let Err(error) = self.follow() {
                 return self.end(Err(error));
             }
@@ -282,7 +296,7 @@ impl Serving<'_> {
                 paused = result.is_err();
                 if let Err(errno) = result {
                     let text = || format!("cannot accept: {errno:?}: {}", errno.desc());
-                    failures.say("cannot accept", text);
+                    self.log.failure("cannot accept", text);
                 }
             }
         }

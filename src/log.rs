@@ -1,15 +1,21 @@
-//! Lines on standard error that never hold up a worker.
+//! Lines on standard error that never hold up the program.
 //!
-//! A worker hands a line to a thread of its own and goes on; when the reader of standard error is
-//! slower than the lines come, lines are dropped and counted. Failures are lines by their kind, of
-//! which a few are written and the rest is counted.
+//! Each process has a thread that writes; whoever has a line hands it over and goes on. When the
+//! reader of standard error is slower than the lines come, lines are dropped and counted. One that
+//! reads nothing (a pipe that is full) keeps neither connections waiting nor the program from
+//! ending. Failures are lines by their kind, of which a few are written and the rest is counted.
 
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::error::{Error, Kind, Result};
 use limiter::Limiter;
 
 mod limiter;
@@ -20,53 +26,65 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Lines that may wait to be written.
 const QUEUE_LINES: usize = 1024;
 
-/// Writes `text` to standard error, at once. For the main threads, which hold nobody up.
-///
-/// A standard error that is gone is nothing to end a connection for, let alone to panic.
+/// Longest time to wait for the last of what is written, if standard error takes nothing.
+pub const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// Writes `text` to standard error, unless that takes nothing for [`LAST_LINES`]. For the time
+/// before there is a [`Log`]: a program with a second thread cannot fork.
 pub fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
-}
-
-/// [`say`] with the time before it.
-pub fn say_now(text: &str) {
-    let now = humantime::format_rfc3339_millis(SystemTime::now());
-    say(&format!("{now} {text}"));
-}
-
-fn say_left_out(left_out: Vec<(&'static str, u64)>) {
-    for (kind, count) in left_out {
-        say_now(&format!("{kind}: {count} more times"));
+    // A pipe with any room takes a line of up to 4096 bytes; only somebody else who writes in this
+    // moment could take the room.
+    if is_read() {
+        write_line(text);
     }
 }
 
-/// Failures of a main thread.
-#[derive(Debug, Default)]
-pub struct Failures {
-    limiter: Limiter,
+/// Whether standard error takes something, or fails, within [`LAST_LINES`].
+pub fn is_read() -> bool {
+    let stderr = std::io::stderr();
+    let mut fds = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+    poll(&mut fds, PollTimeout::try_from(LAST_LINES).unwrap_or(PollTimeout::ZERO)) != Ok(0)
 }
 
-impl Failures {
-    /// Tells how many were left out in a time that is over. To be called now and then.
-    pub fn tell_left_out(&mut self) {
-        say_left_out(self.limiter.left_out(Instant::now()));
-    }
-
-    /// Writes a failure of this kind, unless there were several of late.
-    pub fn say(&mut self, kind: &'static str, text: impl FnOnce() -> String) {
-        self.tell_left_out();
-        if self.limiter.admits(kind, Instant::now()) {
-            say_now(&text());
-        }
-    }
-}
-
-impl Drop for Failures {
-    fn drop(&mut self) {
-        say_left_out(self.limiter.all_left_out());
+/// Writes `text`, the last line; returns when it is written, or after [`LAST_LINES`].
+pub fn say_last(text: String) {
+    let (writing, written) = channel::<()>();
+    let line = text.clone();
+    let writer = move || {
+        write_line(&line);
+        drop(writing);
+    };
+    match thread::Builder::new().name("last line".into()).spawn(writer) {
+        Ok(_) => drop(written.recv_timeout(LAST_LINES)),
+        Err(_) => say(&text),
     }
 }
 
-/// Where a worker's lines go.
+/// A standard error that is gone is nothing to end a connection for, let alone to panic.
+fn write_line(text: &str) {
+    // In one piece: the other process writes there, too.
+    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
+}
+
+fn with_time(text: &str) -> String {
+    format!("{} {text}", humantime::format_rfc3339_millis(SystemTime::now()))
+}
+
+/// Does `work` with a log, and has its last lines written, if that does not take too long.
+/// `verbose`: connections are logged, not only failures.
+pub fn with<T>(verbose: bool, work: impl FnOnce(Log) -> Result<T>) -> Result<T> {
+    let (log, writer) = Log::start(verbose)
+        .map_err(|error| Error::new(Kind::Kernel, format!("cannot start a thread: {error}")))?;
+    let result = work(log);
+    // The writer ends when it has written what it has, as there is no log any more.
+    let deadline = Instant::now() + LAST_LINES;
+    while !writer.is_finished() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(1));
+    }
+    result
+}
+
+/// Where lines go.
 #[derive(Clone, Debug)]
 pub struct Log {
     lines: SyncSender<String>,
@@ -91,11 +109,11 @@ impl Log {
     /// Starts the thread that writes. `verbose`: connections are logged, not only failures.
     ///
     /// The returned handle ends when all [`Log`]s are gone and their lines written.
-    pub fn start(verbose: bool) -> std::io::Result<(Log, std::thread::JoinHandle<()>)> {
+    pub fn start(verbose: bool) -> std::io::Result<(Log, thread::JoinHandle<()>)> {
         let (lines, queue) = sync_channel(QUEUE_LINES);
         let shared = Arc::new(Shared::default());
         let writing = Arc::clone(&shared);
-        let writer = std::thread::Builder::new()
+        let writer = thread::Builder::new()
             .name("log".into())
             .spawn(move || write_lines(&queue, &writing))?;
         Ok((Log { lines, shared, verbose }, writer))
@@ -115,8 +133,12 @@ impl Log {
 
     /// Logs `text` with the time before it.
     pub fn line(&self, text: &str) {
-        let now = humantime::format_rfc3339_millis(SystemTime::now());
-        if self.lines.try_send(format!("{now} {text}")).is_err() {
+        self.plain_line(with_time(text));
+    }
+
+    /// Logs `text` as it is.
+    pub fn plain_line(&self, text: String) {
+        if self.lines.try_send(text).is_err() {
             self.shared.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -130,18 +152,20 @@ fn write_lines(queue: &Receiver<String>, shared: &Shared) {
             false => queue.recv_timeout(LOOK),
         };
         if let Ok(line) = &line {
-            say(line);
+            write_line(line);
         }
         let lost = shared.dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            say(&format!("({lost} lines dropped: standard error is too slow)"));
+            write_line(&format!("({lost} lines dropped: standard error is too slow)"));
         }
         let is_end = line == Err(RecvTimeoutError::Disconnected);
         let left_out = shared.limit(|limiter| match is_end {
             true => limiter.all_left_out(),
             false => limiter.left_out(Instant::now()),
         });
-        say_left_out(left_out);
+        for (kind, count) in left_out {
+            write_line(&with_time(&format!("{kind}: {count} more times")));
+        }
         if is_end {
             return;
         }

@@ -6,6 +6,7 @@
 //! is also how each notices at once that the other is gone.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -69,6 +70,7 @@ struct Channels {
 
 /// Forwards until told to stop, or until the only connection is over. Returns the exit status.
 pub fn run(config: &Config) -> Result<u8> {
+    abort_on_panic();
     let [forward] = config.forwards.as_slice() else {
         return Err(Error::new(Kind::Mix, "exactly one forward is supported"));
     };
@@ -136,6 +138,23 @@ pub fn run(config: &Config) -> Result<u8> {
         }
         Err(errno) => Err(Error::system(Kind::Kernel, "cannot fork", errno, "")),
     }
+}
+
+/// A thread that panics ends the process, not a share of its service: with a report, if that can
+/// be written, and with a signal that the other process sees.
+fn abort_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        // The report waits for a reader, who may never come.
+        let late = || {
+            thread::sleep(log::LAST_LINES);
+            std::process::abort();
+        };
+        if thread::Builder::new().spawn(late).is_ok() || log::is_read() {
+            report(panic);
+        }
+        std::process::abort();
+    }));
 }
 
 fn open_sides(
@@ -262,4 +281,43 @@ fn wait_for(connector: Pid, signals: &SignalFd) -> Result<u8> {
 
 fn pidfd(pid: Pid) -> std::result::Result<OwnedFd, Errno> {
     crate::sys::pidfd_open(pid.as_raw())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Stdio};
+
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    use nix::libc;
+
+    fn panicking() -> Command {
+        let mut program = Command::new(std::env::current_exe().expect("this program"));
+        program.args(["--exact", "process::tests::a_thread_panics", "--ignored", "--nocapture"]);
+        program
+    }
+
+    #[test]
+    fn a_thread_that_panics_ends_the_process_with_a_report() {
+        let output = panicking().output().expect("run");
+        assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("on purpose"), "{output:?}");
+    }
+
+    #[test]
+    fn a_report_that_nobody_reads_is_not_waited_for() {
+        let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+        let (_read, full) = nix::unistd::pipe2(flags).expect("a pipe");
+        while nix::unistd::write(&full, &[0; 4096]).is_ok() {}
+        fcntl(&full, FcntlArg::F_SETFL(OFlag::empty())).expect("it blocks");
+        let status = panicking().stdout(Stdio::null()).stderr(full).status().expect("run");
+        assert_eq!(status.signal(), Some(libc::SIGABRT), "{status:?}");
+    }
+
+    #[test]
+    #[ignore = "ends the process: run by the others"]
+    fn a_thread_panics() {
+        super::abort_on_panic();
+        let _ = std::thread::spawn(|| panic!("on purpose")).join();
+    }
 }

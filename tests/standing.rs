@@ -9,6 +9,8 @@ mod support;
 mod crowd;
 #[path = "standing/forged.rs"]
 mod forged;
+#[path = "standing/unread.rs"]
+mod unread;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};

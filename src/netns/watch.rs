@@ -19,7 +19,7 @@ use nix::sys::signalfd::SignalFd;
 use super::{OpenNetns, cannot_open, find, places};
 use crate::config::{Netns, NetnsGone, NetnsSource};
 use crate::error::{Error, Kind, Result};
-use crate::log;
+use crate::log::Log;
 
 /// Looking again takes microseconds, so four times a second costs nothing that could be measured.
 const LOOK_AGAIN_MS: u16 = 250;
@@ -89,18 +89,19 @@ pub struct Follower {
     is_gone: bool,
     /// Why the namespace that the name stands for is not used yet.
     failure: Option<Error>,
+    log: Log,
 }
 
 impl Follower {
     /// A follower of `entered`, if there is a name to follow and something to do about it.
-    pub fn start(entered: OpenNetns, policy: NetnsGone) -> Result<Option<Self>> {
+    pub fn start(entered: OpenNetns, policy: NetnsGone, log: Log) -> Result<Option<Self>> {
         if policy == NetnsGone::Keep || !entered.netns.is_named() {
             return Ok(None);
         }
         let mut events = Events::new(&entered.netns)?;
         events.renew();
         let entered = Arc::new(entered);
-        Ok(Some(Self { policy, entered, events, is_gone: false, failure: None }))
+        Ok(Some(Self { policy, entered, events, is_gone: false, failure: None, log }))
     }
 
     /// How long to poll at most with this follower, or with none.
@@ -132,7 +133,7 @@ impl Follower {
                     return Err(ended(netns, "the name was deleted"));
                 }
                 if !std::mem::replace(&mut self.is_gone, true) {
-                    log::say_now(&format!("{netns}: the name was deleted; waiting for it"));
+                    self.log.line(&format!("{netns}: the name was deleted; waiting for it"));
                 }
                 Ok(None)
             }
@@ -143,7 +144,7 @@ impl Follower {
 
     /// Takes note that new connections are in this namespace now.
     pub fn went_to(&mut self, netns: Arc<OpenNetns>) {
-        log::say_now(&format!("{}: new connections are in the new namespace now", netns.netns));
+        self.log.line(&format!("{}: new connections are in the new namespace now", netns.netns));
         self.entered = netns;
         self.is_gone = false;
         self.failure = None;
@@ -152,7 +153,7 @@ impl Follower {
     /// Takes note that there can be none yet; [`look`](Self::look) will return it again.
     pub fn cannot_go(&mut self, error: Error) {
         if self.failure.as_ref() != Some(&error) {
-            log::say_now(&format!("{error}; trying again"));
+            self.log.line(&format!("{error}; trying again"));
             self.failure = Some(error);
         }
     }

@@ -58,6 +58,8 @@ pub struct Launch {
     answers: Vec<(libc::c_long, Errno)>,
     /// Its limit of descriptors, if it is to have one of its own.
     descriptors: Option<u64>,
+    /// Its standard error, if it is not to be captured.
+    stderr: Option<OwnedFd>,
     listens: Listens,
 }
 
@@ -81,9 +83,19 @@ enum Listens {
 impl Launch {
     pub fn new(program: Program) -> Self {
         let (args, inherited, answers) = (Vec::new(), Vec::new(), Vec::new());
-        let (home, from, uid, file) = (None, None, None, None);
-        let (descriptors, listens) = (None, Listens::No);
-        Self { program, file, args, inherited, home, from, uid, answers, descriptors, listens }
+        Self {
+            program,
+            file: None,
+            args,
+            inherited,
+            home: None,
+            from: None,
+            uid: None,
+            answers,
+            descriptors: None,
+            stderr: None,
+            listens: Listens::No,
+        }
     }
 
     pub fn nsplice() -> Self {
@@ -136,6 +148,12 @@ impl Launch {
         self
     }
 
+    /// An option without a value.
+    pub fn flag(mut self, option: &str) -> Self {
+        self.args.push(option.into());
+        self
+    }
+
     /// An option whose value is the number of an inherited descriptor, the same there as here.
     pub fn fd(self, option: &str, fd: &impl AsFd) -> Self {
         let fd = fd.as_fd().try_clone_to_owned().unwrap();
@@ -170,6 +188,12 @@ impl Launch {
     /// Limits its descriptors, soft and hard, as `prlimit` does.
     pub fn descriptors(mut self, limit: u64) -> Self {
         self.descriptors = Some(limit);
+        self
+    }
+
+    /// Gives it a standard error of its own, which is not captured.
+    pub fn stderr(mut self, stderr: OwnedFd) -> Self {
+        self.stderr = Some(stderr);
         self
     }
 
@@ -241,6 +265,9 @@ impl Launch {
         let mut command = Command::new(file);
         command.args(&self.args);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if let Some(stderr) = self.stderr.take() {
+            command.stderr(stderr);
+        }
         // A group of its own, so that a test can signal it as a terminal would.
         command.process_group(0);
         if let Some(netns) = &self.home {
@@ -273,7 +300,10 @@ impl Launch {
         drop(command);
         drop(inherited);
         let stdout = Capture::of(parent.stdout.take().unwrap());
-        let stderr = Capture::of(parent.stderr.take().unwrap());
+        let stderr = match parent.stderr.take() {
+            Some(stderr) => Capture::of(stderr),
+            None => Capture::of(std::io::empty()),
+        };
         let listener =
             Process::of(parent.id() as i32).expect("a child that is not reaped is there");
         let program = self.program;
