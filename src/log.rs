@@ -16,6 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::error::{Error, Kind, Result};
+use crate::netns::{self, OpenNetns};
 use limiter::Limiter;
 
 mod limiter;
@@ -87,9 +88,16 @@ pub fn with<T>(verbose: bool, work: impl FnOnce(Log) -> Result<T>) -> Result<T> 
 /// Where lines go.
 #[derive(Clone, Debug)]
 pub struct Log {
-    lines: SyncSender<String>,
+    entries: SyncSender<Entry>,
     shared: Arc<Shared>,
     verbose: bool,
+}
+
+/// What the thread that writes is told.
+#[derive(Debug)]
+enum Entry {
+    Line(String),
+    Enter(Arc<OpenNetns>),
 }
 
 #[derive(Debug, Default)]
@@ -110,13 +118,13 @@ impl Log {
     ///
     /// The returned handle ends when all [`Log`]s are gone and their lines written.
     pub fn start(verbose: bool) -> std::io::Result<(Log, thread::JoinHandle<()>)> {
-        let (lines, queue) = sync_channel(QUEUE_LINES);
+        let (entries, queue) = sync_channel(QUEUE_LINES);
         let shared = Arc::new(Shared::default());
         let writing = Arc::clone(&shared);
         let writer = thread::Builder::new()
             .name("log".into())
             .spawn(move || write_lines(&queue, &writing))?;
-        Ok((Log { lines, shared, verbose }, writer))
+        Ok((Log { entries, shared, verbose }, writer))
     }
 
     /// Whether connections are logged.
@@ -138,27 +146,37 @@ impl Log {
 
     /// Logs `text` as it is.
     pub fn plain_line(&self, text: String) {
-        if self.lines.try_send(text).is_err() {
+        if self.entries.try_send(Entry::Line(text)).is_err() {
             self.shared.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
+
+    /// Has the thread that writes leave its network namespace for this one: a thread keeps the one
+    /// it is in from ending.
+    pub fn enter(&self, netns: Arc<OpenNetns>) {
+        // One that cannot write stays where it is.
+        let _ = self.entries.try_send(Entry::Enter(netns));
+    }
 }
 
-fn write_lines(queue: &Receiver<String>, shared: &Shared) {
+fn write_lines(queue: &Receiver<Entry>, shared: &Shared) {
     loop {
         // Nobody is woken for nothing.
-        let line = match shared.limit(|limiter| limiter.is_idle()) {
+        let entry = match shared.limit(|limiter| limiter.is_idle()) {
             true => queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
             false => queue.recv_timeout(LOOK),
         };
-        if let Ok(line) = &line {
-            write_line(line);
+        match &entry {
+            Ok(Entry::Line(line)) => write_line(line),
+            // The threads that matter are there, so this one can be.
+            Ok(Entry::Enter(netns)) => drop(netns::enter(netns)),
+            Err(_) => {}
         }
         let lost = shared.dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
             write_line(&format!("({lost} lines dropped: standard error is too slow)"));
         }
-        let is_end = line == Err(RecvTimeoutError::Disconnected);
+        let is_end = matches!(entry, Err(RecvTimeoutError::Disconnected));
         let left_out = shared.limit(|limiter| match is_end {
             true => limiter.all_left_out(),
             false => limiter.left_out(Instant::now()),

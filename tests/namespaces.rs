@@ -273,6 +273,20 @@ fn it_exits_when_the_process_whose_namespace_it_is_ends() {
     assert!(exit.stderr.contains("pid:"), "{exit:?}");
 }
 
+/// No thread of the process is left in the namespace: it would keep that from ending.
+#[track_caller]
+fn assert_left(process: Process, netns: &Netns) {
+    let old = std::fs::read_link(netns.path()).unwrap();
+    let threads = format!("/proc/{}/task", process.pid);
+    eventually("all threads have left the namespace", || {
+        let mut threads = std::fs::read_dir(&threads).unwrap();
+        let is_elsewhere = |thread: std::fs::DirEntry| {
+            std::fs::read_link(thread.path().join("ns/net")).is_ok_and(|netns| netns != old)
+        };
+        threads.all(|thread| is_elsewhere(thread.unwrap())).then_some(())
+    });
+}
+
 #[test]
 fn it_listens_in_the_new_namespace_and_live_connections_go_on() {
     for handoff in HANDOFFS {
@@ -293,6 +307,7 @@ fn it_listens_in_the_new_namespace_and_live_connections_go_on() {
         eventually("it no longer listens in the old one", is_closed);
         lasting.assert_works();
         drop(lasting);
+        assert_left(forwarder.listener, &named.clients);
         let exit = forwarder.stop();
         assert_eq!(exit.code(), Some(0), "{exit:?}");
         assert_eq!(exit.summary()["connections"], 3);
@@ -319,6 +334,7 @@ fn it_connects_from_the_new_namespace_and_live_connections_go_on() {
         }
         lasting.assert_works();
         drop(lasting);
+        assert_left(forwarder.connector(), &named.targets);
         let exit = forwarder.stop();
         assert_eq!(exit.code(), Some(0), "{exit:?}");
         assert_eq!(exit.summary()["connections"], 21);

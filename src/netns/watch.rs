@@ -145,6 +145,7 @@ impl Follower {
     /// Takes note that new connections are in this namespace now.
     pub fn went_to(&mut self, netns: Arc<OpenNetns>) {
         self.log.line(&format!("{}: new connections are in the new namespace now", netns.netns));
+        self.log.enter(Arc::clone(&netns));
         self.entered = netns;
         self.is_gone = false;
         self.failure = None;
