@@ -71,6 +71,10 @@ pub struct Worker<E: Engine> {
     listener: Option<E::Socket>,
     /// [`Token::Accept`] is in flight: one at a time, so that siblings take turns.
     is_accepting: bool,
+    /// The listening socket of before, while that is in flight for it.
+    leaving: Option<E::Socket>,
+    /// See [`Worker::left`].
+    left: Option<E::Socket>,
     accept_pause: Option<Instant>,
     /// The socket given by `-C`, until the connection it is for is there.
     target: Option<E::Socket>,
@@ -100,6 +104,8 @@ impl<E: Engine> Worker<E> {
             has_spare_buffer: false,
             listener: None,
             is_accepting: false,
+            leaving: None,
+            left: None,
             accept_pause: None,
             target,
             draining: false,

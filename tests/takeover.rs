@@ -9,6 +9,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use support::exchanges::{Exchange, run_clients, serve};
@@ -129,6 +130,45 @@ fn nobody_is_refused_or_reset_in_a_storm_of_connections() {
         }
         assert_eq!(connections, done.load(Ordering::Relaxed) as u64, "{handoffs:?}");
         line.assert_files(&[]);
+    }
+}
+
+/// One client at a time: if the old process were woken for it and then accepted no more, there would
+/// be no other client to wake the new one.
+#[test]
+fn a_client_who_comes_at_the_very_moment_is_served_without_another_one() {
+    const TAKEOVERS: usize = 100;
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets);
+        let line = Line::new(clients, targets);
+        let mut running = line.launch(any(), handoff).option("--workers", "2").start();
+        let address = running.address();
+        let (stop, done) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let longest = std::thread::scope(|scope| {
+            let visitor = scope.spawn(|| {
+                let mut longest = Duration::ZERO;
+                while !stop.load(Ordering::Relaxed) {
+                    let came = Instant::now();
+                    assert_works(&mut line.connection(address));
+                    longest = longest.max(came.elapsed());
+                    done.fetch_add(1, Ordering::Relaxed);
+                }
+                longest
+            });
+            for _ in 0..TAKEOVERS {
+                let successor = line.launch(address, handoff).option("--workers", "2").start();
+                // The next one would find and serve who was left.
+                let before = done.load(Ordering::Relaxed);
+                eventually("one more is served", || {
+                    (done.load(Ordering::Relaxed) > before + 1).then_some(())
+                });
+                std::mem::replace(&mut running, successor).finish().assert_clean();
+            }
+            stop.store(true, Ordering::Relaxed);
+            visitor.join().unwrap()
+        });
+        println!("--handoff {handoff}: {} clients, the longest {longest:?}", done.into_inner());
+        running.stop().assert_clean();
     }
 }
 

@@ -11,13 +11,14 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
 use super::{Command, Ended, Report, Reporter, Seed};
-use crate::engine::{Start, Token};
+use crate::engine::{Sleep, Start, Token};
 use crate::error::{Error, Kind, Result};
 use crate::handoff::{Channel, Message};
 use crate::log::Log;
 use crate::netns;
 use crate::pace::Pace;
-use crate::sys::SharedCounters;
+use crate::queue;
+use crate::sys::{SharedCounters, set_nonblocking};
 use crate::worker::Worker;
 
 /// A worker thread, seen from inside: the worker and its channels.
@@ -79,6 +80,9 @@ impl<E: Start> Thread<E> {
                 let what = format!("{}: cannot wait for completions", E::NAME);
                 Error::system(Kind::Kernel, what, errno, "")
             })?;
+            if let Some(listener) = self.worker.left() {
+                self.leave(listener);
+            }
             if woken.command {
                 self.obey(reporter);
             }
@@ -91,7 +95,21 @@ impl<E: Start> Thread<E> {
         Ok(())
     }
 
-    pub(super) fn ended(self, result: Result<()>) -> Ended {
+    /// Serves the client, if there is one, who may have woken this worker when it was told to wait
+    /// no more; others still wait, and nobody else is woken for that one.
+    fn leave(&mut self, listener: OwnedFd) {
+        // Whoever has the socket too finds it changed, as with a worker on epoll.
+        if set_nonblocking(&listener).is_ok()
+            && let Ok(client) = queue::accept(&listener)
+        {
+            self.worker.add(client);
+        }
+        self.worker.engine().close(listener);
+    }
+
+    pub(super) fn ended(mut self, result: Result<()>) -> Ended {
+        // What is still to be closed is: the other workers may go on for long.
+        let _ = self.worker.engine().wait(Sleep::No);
         let stats = self.worker.stats().clone();
         Ended { index: self.index, stats, last_end: self.worker.last_end(), result }
     }

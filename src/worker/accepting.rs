@@ -16,10 +16,8 @@ impl<E: Engine> Worker<E> {
     /// Accepts connections from `listener` from the next turn on, and no longer from the one
     /// before it, if there was one.
     pub fn listen(&mut self, listener: E::Socket) {
-        if let Some(before) = self.listener.replace(listener) {
-            self.engine.cancel(Token::Accept);
-            self.engine.close(before);
-        }
+        let before = self.listener.replace(listener);
+        self.leave(before);
         self.accept_next();
     }
 
@@ -59,14 +57,42 @@ impl<E: Engine> Worker<E> {
 
     /// Accepts no more. A connection that is accepted in this moment still comes.
     pub fn stop_accepting(&mut self) {
-        if let Some(listener) = self.listener.take() {
+        let before = self.listener.take();
+        self.leave(before);
+    }
+
+    /// Has nobody wait at `before` any more. It is closed when that is so.
+    fn leave(&mut self, before: Option<E::Socket>) {
+        let Some(before) = before else { return };
+        // At one that comes after one that is being left, nobody waits yet.
+        if self.is_accepting && self.leaving.is_none() {
             self.engine.cancel(Token::Accept);
-            self.engine.close(listener);
+            self.leaving = Some(before);
+        } else {
+            self.engine.close(before);
         }
+    }
+
+    /// A listening socket that was left. Whoever gets it has to look whether a client is there,
+    /// once, without waiting, and to close it.
+    ///
+    /// A client wakes one of those who wait at the socket, in whatever process. If that one was
+    /// woken and is told in the same moment to wait no more, it leaves without the client, and
+    /// nobody else is woken: that one would wait until the next comes.
+    pub fn left(&mut self) -> Option<E::Socket> {
+        self.left.take()
     }
 
     pub(super) fn accepted(&mut self, result: Result<E::Socket, Errno>) {
         self.is_accepting = false;
+        if let Some(before) = self.leaving.take() {
+            // One that has got its client was woken for no other; and at the end nobody is served.
+            if result.is_ok() || self.stopping {
+                self.engine.close(before);
+            } else {
+                self.left = Some(before);
+            }
+        }
         match result {
             Ok(client) => {
                 if self.settings.single {
