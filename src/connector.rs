@@ -9,7 +9,7 @@ use nix::sys::signalfd::SignalFd;
 use nix::unistd::Pid;
 
 use crate::config::{Config, Engine, SummaryFormat};
-use crate::crew::{Crew, Seed};
+use crate::crew::{Crew, Outcome, Seed};
 use crate::engine::epoll::Epoll;
 use crate::engine::uring::{self, Uring};
 use crate::engine::{Setup, Start};
@@ -45,6 +45,8 @@ pub struct Part<'a> {
     pub handoff: Vec<Channel>,
     /// Connections each worker has ended.
     pub ended: SharedCounters,
+    /// Connections the listener has cut.
+    pub cut: SharedCounters,
     /// SIGINT and SIGTERM.
     pub signals: SignalFd,
 }
@@ -127,10 +129,12 @@ fn serve(part: Part, log: Log) -> Result<u8> {
     let drain_timeout = Duration::from_millis(config.drain_timeout_ms.into());
     let served =
         Serving::new(&mut crew, follower, &part.control, &part.signals, drain_timeout).run();
-    let (stats, last_end) = crew.stop()?;
-    let stopped: u64 = stats.iter().map(|stats| stats.stopped).sum();
+    let Outcome { stats, last_end, unserved } = crew.stop()?;
+    // The listener has counted before it said that this is the end.
+    let unserved = unserved + u64::from(part.cut.get(0));
+    let stopped = unserved + stats.iter().map(|stats| stats.stopped).sum::<u64>();
     if config.summary == Some(SummaryFormat::Json) {
-        print_summary(&Summary::new(engine, stats))?;
+        print_summary(&Summary::new(engine, stats, unserved))?;
     }
     served?;
     if stopped > 0 && !drain_timeout.is_zero() {

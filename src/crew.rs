@@ -121,6 +121,18 @@ pub struct Crew {
     queues: Queues,
     /// The workers are to be told when there are none.
     is_draining: bool,
+    /// Nobody else serves them.
+    are_ours: bool,
+}
+
+/// What the workers leave behind.
+pub struct Outcome {
+    /// The counters of each.
+    pub stats: Vec<Stats>,
+    /// How the connection that ended last did.
+    pub last_end: Option<End>,
+    /// Clients who waited for room until the end.
+    pub unserved: u64,
 }
 
 impl Crew {
@@ -140,6 +152,7 @@ impl Crew {
             next_listener: None,
             queues: Queues::default(),
             is_draining: false,
+            are_ours: false,
         };
         for (index, seed) in seeds.into_iter().enumerate() {
             let reporter = Reporter { reports: report.clone(), attention: crew.attention() };
@@ -227,9 +240,11 @@ impl Crew {
     }
 
     /// Has every worker end with its last connection, when those who wait have been taken. One that
-    /// is handed connections over first takes all that come until its channel ends.
-    pub fn drain(&mut self) {
+    /// is handed connections over first takes all that come until its channel ends. `is_shared`:
+    /// another program has the listening socket, too.
+    pub fn drain(&mut self, is_shared: bool) {
         self.is_draining = true;
+        self.are_ours = !is_shared;
         // What they took of those who come later, those who wait would have to wait for.
         for worker in &self.workers {
             worker.tell(Command::StopAccepting);
@@ -270,9 +285,9 @@ impl Crew {
         has_failed || self.ended.len() == self.workers.len()
     }
 
-    /// Ends all workers. Returns their counters, and how the connection that ended last did; or
-    /// the first failure.
-    pub fn stop(mut self) -> Result<(Vec<Stats>, Option<End>)> {
+    /// Ends all workers. Fails with the first failure.
+    pub fn stop(mut self) -> Result<Outcome> {
+        let unserved = if self.are_ours { self.queues.waiting() } else { 0 };
         for worker in &self.workers {
             worker.tell(Command::Stop);
         }
@@ -288,7 +303,7 @@ impl Crew {
             stats.push(ended.stats);
             last_end = ended.last_end.or(last_end);
         }
-        Ok((stats, last_end))
+        Ok(Outcome { stats, last_end, unserved })
     }
 }
 

@@ -35,6 +35,8 @@ pub enum Message {
     Room = b'O',
     /// Listener: accept no more, and end with the last connection.
     Drain = b'D',
+    /// Listener: the same, and the clients who wait are another program's as well.
+    Leave = b'V',
     /// Listener: end all connections, then the process.
     Stop = b'T',
 }
@@ -49,6 +51,7 @@ impl Message {
             Message::Connections,
             Message::Room,
             Message::Drain,
+            Message::Leave,
             Message::Stop,
         ];
         all.into_iter().find(|&message| message as u8 == byte)

@@ -52,6 +52,8 @@ pub struct Part<'a> {
     pub outboxes: Vec<Outbox>,
     /// Connections each worker has ended.
     pub ended: SharedCounters,
+    /// Connections cut here.
+    pub cut: SharedCounters,
     /// SIGINT and SIGTERM.
     pub signals: &'a SignalFd,
     /// Who is told the address once connections are accepted.
@@ -94,9 +96,11 @@ fn serve(part: Part, log: Log) -> Result<u8> {
         queues: Queues::default(),
         outboxes: part.outboxes,
         ended: part.ended,
+        cut: part.cut,
         follower: None,
         takeover: None,
         bound: None,
+        is_ours: matches!(part.listen, ListenPart::Bind(..)),
         log,
     };
     let address = match part.listen {
@@ -174,10 +178,13 @@ struct Serving<'a> {
     queues: Queues,
     outboxes: Vec<Outbox>,
     ended: SharedCounters,
+    cut: SharedCounters,
     follower: Option<Follower>,
     takeover: Option<Takeover>,
     /// Where it listens, if that is an internet address.
     bound: Option<SocketAddr>,
+    /// No other program has the listening socket, unless one takes over.
+    is_ours: bool,
     log: Log,
 }
 

@@ -66,6 +66,8 @@ struct Channels {
     handoff: Vec<(Channel, Channel)>,
     /// Connections each worker has ended.
     ended: SharedCounters,
+    /// Connections the listener has cut.
+    cut: SharedCounters,
 }
 
 /// Forwards until told to stop, or until the only connection is over. Returns the exit status.
@@ -96,9 +98,7 @@ pub fn run(config: &Config) -> Result<u8> {
     // One connection needs no batches, and no client but the first may be taken from the queue.
     let handoff = if forward.is_single() { Handoff::Socket } else { config.handoff };
     let limits = Limits::of_process(cpus.len(), config.max_connections)?;
-    let channels = open_channels(handoff, cpus.len()).map_err(|errno| {
-        Error::system(Kind::Kernel, "cannot make socketpairs", errno, "RLIMIT_NOFILE is too low")
-    })?;
+    let channels = open_channels(handoff, cpus.len()).map_err(cannot_open_channels)?;
     let (listener_ends, connector_ends) = channels.handoff.into_iter().unzip();
     let (to_connector, to_listener) = channels.control;
     match crate::sys::fork() {
@@ -114,6 +114,7 @@ pub fn run(config: &Config) -> Result<u8> {
                 control: to_listener,
                 handoff: connector_ends,
                 ended: channels.ended,
+                cut: channels.cut,
                 signals,
             })
         }
@@ -127,6 +128,7 @@ pub fn run(config: &Config) -> Result<u8> {
                 control: &to_connector,
                 outboxes: listener::outboxes(listener_ends, &limits),
                 ended: channels.ended,
+                cut: channels.cut,
                 signals: &signals,
                 ready,
             });
@@ -199,7 +201,12 @@ fn open_channels(handoff: Handoff, workers: usize) -> std::result::Result<Channe
             (0..workers).map(|_| Channel::pair()).collect::<std::result::Result<_, _>>()?
         }
     };
-    Ok(Channels { control: Channel::pair()?, handoff, ended: SharedCounters::new(workers)? })
+    let (ended, cut) = (SharedCounters::new(workers)?, SharedCounters::new(1)?);
+    Ok(Channels { control: Channel::pair()?, handoff, ended, cut })
+}
+
+fn cannot_open_channels(errno: Errno) -> Error {
+    Error::system(Kind::Kernel, "cannot make socketpairs", errno, "RLIMIT_NOFILE is too low")
 }
 
 /// Blocks the signals that end the program, in this thread and all later ones and in the child;

@@ -59,6 +59,15 @@ impl Queues {
         self.0.is_empty()
     }
 
+    /// Those who still wait; 0 where that cannot be known.
+    pub fn waiting(&self) -> u64 {
+        let waiting = |queue: &Queue| {
+            let waiting = sys::waiting_clients(&queue.listener).unwrap_or(0);
+            u64::from(waiting.min(queue.left))
+        };
+        self.0.iter().map(waiting).sum()
+    }
+
     /// The next client; `None`: there is none left. Errors as [`Queue::take`].
     pub fn take(&mut self) -> Result<Option<OwnedFd>, Errno> {
         while let Some(queue) = self.0.front_mut() {

@@ -9,7 +9,7 @@ use crate::flow::{End, Limit, Side};
 /// Counters of a worker, or of all together.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Stats {
-    /// Connections taken from the listen side.
+    /// Connections taken from the listen side, or cut before they could be.
     pub connections: u64,
     /// Connections whose two streams ended and were passed on whole.
     pub completed: u64,
@@ -103,9 +103,9 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Adds up the workers.
-    pub fn new(engine: &'static str, workers: Vec<Stats>) -> Self {
-        let mut total = Stats::default();
+    /// Adds up the workers, and the clients who were not served before the end.
+    pub fn new(engine: &'static str, workers: Vec<Stats>, unserved: u64) -> Self {
+        let mut total = Stats { connections: unserved, stopped: unserved, ..Stats::default() };
         for worker in &workers {
             total.merge(worker);
         }
@@ -130,9 +130,10 @@ mod tests {
         one.count_end(End::ConnectFailed(Errno::ECONNREFUSED), [0, 0]);
         let mut two = Stats { connections: 1, ..Stats::default() };
         two.count_end(End::ConnectFailed(Errno::ECONNREFUSED), [0, 0]);
-        let text = Summary::new("uring", vec![one, two]).to_json();
+        let text = Summary::new("uring", vec![one, two], 5).to_json();
         let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
-        assert_eq!(value["connections"], 3);
+        assert_eq!(value["connections"], 8);
+        assert_eq!(value["stopped"], 5);
         assert_eq!(value["completed"], 1);
         assert_eq!(value["failed"], 2);
         assert_eq!(value["bytes_to_target"], 10);

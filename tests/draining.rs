@@ -147,6 +147,58 @@ fn what_is_left_when_the_time_is_over_is_reset() {
 }
 
 #[test]
+fn clients_for_whom_there_was_no_room_until_the_end_are_cut_too() {
+    const LIMIT: usize = 20;
+    const WAITING: usize = 30;
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets);
+        let stage = Stage::with(clients, &targets, handoff, |launch| {
+            launch.option("--max-connections", "20").option("--drain-timeout", "0.3")
+        });
+        let mut held: Vec<_> = (0..LIMIT).map(|_| stage.connection()).collect();
+        let address = stage.forwarder.address();
+        let mut waiting: Vec<_> =
+            stage.clients.enter(|| (0..WAITING).map(|_| connect(address)).collect());
+        stage.signal(To::Listener);
+        waiting.iter_mut().for_each(assert_reset);
+        held.iter_mut().for_each(|(client, _)| assert_reset(client));
+        let exit = stage.forwarder.finish();
+        assert_cut(&exit, LIMIT + WAITING);
+        assert_eq!(exit.summary()["connections"], LIMIT + WAITING, "--handoff {handoff}: {exit:?}");
+    }
+}
+
+#[test]
+fn clients_who_are_on_their_way_to_a_worker_at_the_end_are_cut_too() {
+    const CLIENTS: usize = 400;
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets);
+        let stage = Stage::new(clients, &targets, handoff, "0.3");
+        let connector = stage.forwarder.connector();
+        connector.stop();
+        let address = stage.forwarder.address();
+        let mut waiting: Vec<_> =
+            stage.clients.enter(|| (0..CLIENTS).map(|_| connect(address)).collect());
+        stage.signal(To::Listener);
+        let port = address.port();
+        if handoff == "connections" {
+            stage.wait_until_closed();
+        }
+        let is_over = || {
+            let listener = &stage.forwarder.listener;
+            // It waits for the connector, and for nothing else but signals.
+            (listener.fds().iter().filter(|fd| fd.starts_with("socket:")).count() == 0)
+                .then_some(())
+        };
+        eventually("the time is over", is_over);
+        connector.signal(Signal::SIGCONT);
+        waiting.iter_mut().for_each(assert_reset);
+        assert!(!stage.clients.listens(port));
+        assert_cut(&stage.forwarder.finish(), CLIENTS);
+    }
+}
+
+#[test]
 fn a_second_signal_ends_at_once() {
     for handoff in HANDOFFS {
         for to in [To::Listener, To::Connector, To::Group] {

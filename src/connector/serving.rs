@@ -107,15 +107,15 @@ impl<'a> Serving<'a> {
         let Some(control) = self.control else { return Ok(false) };
         match control.receive() {
             Ok(Some(Received { message: Message::Stop, .. })) => Ok(true),
-            Ok(Some(Received { message: Message::Drain, .. })) => {
-                self.drain(None);
+            Ok(Some(Received { message: message @ (Message::Drain | Message::Leave), .. })) => {
+                self.drain(None, message == Message::Leave);
                 Ok(false)
             }
             Ok(Some(received)) => hand_on(received, self.crew).map(|()| false),
             Ok(None) | Err(Errno::ECONNRESET) => {
                 self.control = None;
                 self.failure = Some(Error::new(Kind::Process, "the listener process died"));
-                self.drain(Some(Instant::now() + self.drain_timeout));
+                self.drain(Some(Instant::now() + self.drain_timeout), false);
                 Ok(false)
             }
             // What it has sent stays there until there are descriptors for it.
@@ -128,10 +128,10 @@ impl<'a> Serving<'a> {
     }
 
     /// Takes no more than those who wait now, and ends with the last connection, or at `deadline`.
-    fn drain(&mut self, deadline: Option<Instant>) {
+    fn drain(&mut self, deadline: Option<Instant>, is_shared: bool) {
         self.follower = None;
         self.deadline = deadline;
-        self.crew.drain();
+        self.crew.drain(is_shared);
     }
 
     /// Has the workers connect from where the name of the namespace leads now. Returns whether to

@@ -108,8 +108,13 @@ impl<E: Start> Thread<E> {
     }
 
     pub(super) fn ended(mut self, result: Result<()>) -> Ended {
-        // What is still to be closed is: the other workers may go on for long.
+        // What is still to be closed is: the other workers may go on for long. So there is room for
+        // those who were handed over and not taken, which are cut.
         let _ = self.worker.engine().wait(Sleep::No);
+        if result.is_ok() && self.handoff.is_some() {
+            self.take_over();
+            let _ = self.worker.engine().wait(Sleep::No);
+        }
         let stats = self.worker.stats().clone();
         Ended { index: self.index, stats, last_end: self.worker.last_end(), result }
     }

@@ -33,7 +33,8 @@ impl<'a> Ending<'a> {
     }
 
     /// Another process has taken over: who waits is that one's, and it waits for nothing here.
-    pub(super) fn succeeded(serving: Serving<'a>) -> Self {
+    pub(super) fn succeeded(mut serving: Serving<'a>) -> Self {
+        serving.is_ours = false;
         let ms = serving.config.drain_timeout_ms;
         let deadline = (ms > 0).then(|| Instant::now() + Duration::from_millis(ms.into()));
         Self { serving, ordered: None, deadline }
@@ -42,6 +43,12 @@ impl<'a> Ending<'a> {
     /// Ends when the connector does, after the last connection; or before, when the time is over,
     /// by a further signal, or because the connector is gone. The caller has to stop it then.
     pub(super) fn run(mut self) -> Result<u8> {
+        let result = self.wait();
+        self.cut();
+        result
+    }
+
+    fn wait(&mut self) -> Result<u8> {
         let serving = &mut self.serving;
         (serving.listener, serving.follower, serving.takeover) = (None, None, None);
         while self.hand_over() {
@@ -49,11 +56,21 @@ impl<'a> Ending<'a> {
                 return Ok(0);
             }
         }
-        send(self.serving.control, Message::Drain, &[])?;
+        let drain = if self.serving.is_ours { Message::Drain } else { Message::Leave };
+        send(self.serving.control, drain, &[])?;
         // Their ends tell the workers that there is no more to take.
         self.serving.outboxes.clear();
         while !self.is_over(PollTimeout::NONE)? {}
         Ok(0)
+    }
+
+    /// Resets who still waits, and counts them for the connector to report.
+    fn cut(&mut self) {
+        let Serving { queues, outboxes, cut, is_ours, .. } = &mut self.serving;
+        // Closing the socket they wait at resets them, unless somebody else has it.
+        let waiting = if *is_ours { queues.waiting() as u32 } else { 0 };
+        let accepted: u32 = outboxes.iter_mut().map(Outbox::reset).sum();
+        cut.add(0, waiting + accepted);
     }
 
     /// Hands over what waits, and closes the sockets it waited at. Returns whether some is left.

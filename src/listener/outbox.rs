@@ -6,7 +6,7 @@ use nix::errno::Errno;
 
 use crate::handoff::{Channel, Message};
 use crate::queue;
-use crate::sys::SharedCounters;
+use crate::sys::{self, SharedCounters};
 
 /// Connections accepted before those accepted so far are handed over.
 const BATCH: usize = 64;
@@ -38,6 +38,15 @@ impl Outbox {
 
     fn load(&self, index: usize, ended: &SharedCounters) -> u32 {
         self.given.wrapping_sub(ended.get(index))
+    }
+
+    /// Resets what is waiting; returns how many.
+    pub(super) fn reset(&mut self) -> u32 {
+        let cut = self.waiting.drain(..).map(|client| {
+            // It fails where the client did so first.
+            let _ = sys::reset(&client);
+        });
+        cut.count() as u32
     }
 
     /// Hands over what is waiting, as far as the worker's channel takes it.
