@@ -25,7 +25,8 @@ pub enum Kind {
     Connection = 6,
     /// One of the two processes ended without having been asked to.
     Process = 7,
-    /// Connections were cut, when `--drain-timeout` was over or by a second signal.
+    /// Connections were cut, when `--drain-timeout` was over or by a second signal. Without that
+    /// option they are cut by the first, as ordered.
     Cut = 8,
 }
 
@@ -62,7 +63,9 @@ impl Kind {
             Kind::Kernel => "the kernel refuses io_uring, a process, memory or a CPU",
             Kind::Connection => "the only connection (-S or -C) failed",
             Kind::Process => "one of the two processes died",
-            Kind::Cut => "connections were cut after --drain-timeout, or by a second signal",
+            Kind::Cut => {
+                "with --drain-timeout: connections were cut after it or by a second signal"
+            }
         }
     }
 }

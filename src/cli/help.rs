@@ -13,7 +13,8 @@ const RELEASE: &str = env!("CARGO_PKG_VERSION");
 
 const SUMMARY: &str = "forward TCP connections from one Linux network namespace to another";
 const EXAMPLE: &str = "-f blue -l 0.0.0.0:8080 -t red -c 10.0.0.2:80";
-const STATUS_ZERO: &str = "ended by SIGINT or SIGTERM, or the single connection was forwarded";
+const STATUS_ZERO: &str =
+    "ended by SIGINT, SIGTERM or --takeover, or forwarded the only connection";
 
 /// Width of a terminal nobody has resized, in columns.
 const WIDTH: usize = 80;
@@ -160,7 +161,7 @@ mod tests {
             "\n      --handoff socket|connections  Pass",
             "[default: socket]",
             "[default: 1M]",
-            "\n  0  ended by SIGINT or SIGTERM, or the single connection was forwarded\n",
+            "\n  0  ended by SIGINT, SIGTERM or --takeover, or forwarded the only connection\n",
             "\n  2  the command line cannot be parsed\n",
             "\n  7  one of the two processes died\n",
         ] {

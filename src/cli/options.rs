@@ -163,7 +163,7 @@ const RESTART: &[Opt] = &[Opt {
     long: "--takeover",
     value: Some(PATH),
     help: "Take the listening socket over from the process that waits at this path, if there is \
-           one, which then accepts no more; and wait there for the next",
+           one, which then accepts no more; and wait there for the next. It needs Linux 5.14",
     default: None,
 }];
 
@@ -173,7 +173,8 @@ const FORWARDING: &[Opt] = &[
         long: "--engine",
         value: Some(ENGINE),
         help: "Wait for the kernel with io_uring or with epoll; auto takes io_uring, or epoll \
-               where the kernel has no io_uring or does not allow it",
+               where the kernel has no io_uring or does not allow it. The one needs Linux 6.1, the \
+               other 4.11",
         default: Some("auto"),
     },
     Opt {
@@ -277,8 +278,9 @@ const LIMITS: &[Opt] = &[
         short: None,
         long: "--drain-timeout",
         value: Some(SECONDS),
-        help: "Time for connections to end by themselves after SIGTERM or SIGINT; those that are \
-               left then are reset, or at a second signal",
+        help: "Time for connections to end by themselves after SIGTERM or SIGINT, or when \
+               another process has taken over; those that are left then, or at a second signal, \
+               are reset. Signals within 200 ms are one order",
         default: Some("0"),
     },
     Opt {
