@@ -56,8 +56,8 @@ pub struct Launch {
     uid: Option<u32>,
     /// System calls, and what the kernel answers to them.
     answers: Vec<(libc::c_long, Errno)>,
-    /// Its limit of descriptors, if it is to have one of its own.
-    descriptors: Option<u64>,
+    /// Its soft and hard limit of descriptors, if it is to have some of its own.
+    descriptors: Option<(u64, u64)>,
     /// Its standard error, if it is not to be captured.
     stderr: Option<OwnedFd>,
     listens: Listens,
@@ -186,8 +186,12 @@ impl Launch {
     }
 
     /// Limits its descriptors, soft and hard, as `prlimit` does.
-    pub fn descriptors(mut self, limit: u64) -> Self {
-        self.descriptors = Some(limit);
+    pub fn descriptors(self, limit: u64) -> Self {
+        self.soft_and_hard_descriptors(limit, limit)
+    }
+
+    pub fn soft_and_hard_descriptors(mut self, soft: u64, hard: u64) -> Self {
+        self.descriptors = Some((soft, hard));
         self
     }
 
@@ -286,8 +290,8 @@ impl Launch {
                 for &(number, errno) in &answers {
                     answer(number, errno)?;
                 }
-                if let Some(limit) = descriptors {
-                    setrlimit(Resource::RLIMIT_NOFILE, limit, limit)?;
+                if let Some((soft, hard)) = descriptors {
+                    setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
                 }
                 match uid {
                     Some(uid) => nix::unistd::setuid(uid.into()).map_err(Into::into),
