@@ -7,11 +7,13 @@ mod support;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use support::streams::{accept, connect};
-use support::{Forwarder, Launch, Netns, TempDir, namespaces, skip};
+use support::{Forwarder, Launch, Netns, Process, TempDir, eventually, namespaces, skip};
 
 /// A forwarder with one connection through it that has just been used in both directions.
 struct Running {
@@ -109,6 +111,44 @@ fn a_killed_listener_ends_the_connector() {
         // That the connector is gone is what `finish` checks.
         let exit = running.forwarder.finish();
         assert_eq!(exit.code(), None, "--handoff {handoff}: {exit:?}");
+    }
+}
+
+/// How long it takes after the kill of one process until the other is gone, and the port is free.
+fn times_after_a_kill(handoff: &str, to: To) -> [Duration; 2] {
+    let (Ok(clients), Ok(targets)) = (Netns::new(), Netns::new()) else {
+        return [Duration::ZERO; 2];
+    };
+    let running = running(&clients, &targets, handoff);
+    let address = running.forwarder.address();
+    let processes = running.forwarder.processes();
+    let killed = Instant::now();
+    send(&running.forwarder, Signal::SIGKILL, to);
+    let gone = thread::scope(|scope| {
+        let are_gone = || (!processes.iter().any(Process::is_alive)).then(|| killed.elapsed());
+        let gone = scope.spawn(move || eventually("both processes are gone", are_gone));
+        let is_free = || TcpListener::bind(address).ok().map(|_| killed.elapsed());
+        let free = clients.enter(|| eventually("the port is free", is_free));
+        [gone.join().unwrap(), free]
+    });
+    assert_ne!(running.forwarder.finish().code(), Some(0));
+    gone
+}
+
+#[test]
+fn after_a_kill_the_other_process_is_gone_and_the_port_is_free_within_100_ms() {
+    const LIMIT: Duration = Duration::from_millis(100);
+    namespaces!(_clients);
+    for handoff in ["socket", "connections"] {
+        for to in [To::Listener, To::Connector] {
+            // On a machine busy with other tests not every time.
+            let within = (0..5).any(|_| {
+                let times = times_after_a_kill(handoff, to);
+                println!("--handoff {handoff}, SIGKILL to {to:?}: gone and free after {times:?}");
+                times.into_iter().all(|time| time < LIMIT)
+            });
+            assert!(within, "--handoff {handoff}, SIGKILL to {to:?}");
+        }
     }
 }
 
