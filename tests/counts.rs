@@ -235,6 +235,46 @@ fn a_turn_is_one_entry_into_the_kernel() {
     );
 }
 
+/// What the only worker calls for each message on one connection, by name.
+fn calls_per_message(
+    strace: PathBuf,
+    clients: &Netns,
+    targets: &Netns,
+    options: &[(&str, &str)],
+) -> BTreeMap<String, f64> {
+    let server = Server::start(targets, "rr", "64");
+    let with = |launch: Launch, &(name, value): &(&str, &str)| launch.option(name, value);
+    let launch = options.iter().fold(Launch::nsplice().option("--workers", "1"), with);
+    let forwarder = forwarder(launch, clients, targets, &server);
+    let trace = Trace::start(strace, &forwarder);
+    let load = ["--work", "rr", "--size", "64", "--connections", "1"];
+    let report = report(client(clients, &forwarder, &load));
+    let calls = trace.finish();
+    forwarder.stop().assert_clean();
+    let messages = 2.0 * report["total_operations"].as_f64().unwrap();
+    assert!(messages > 200.0, "{report}");
+    calls.into_iter().map(|(name, count)| (name, count as f64 / messages)).collect()
+}
+
+#[test]
+fn limits_of_time_cost_nothing_for_a_message() {
+    /// For a connection, and for a tick of the clock, which is a second here: not for a message.
+    const FEW: f64 = 0.05;
+    let Some(strace) = find_program("strace") else {
+        skip!("no strace in PATH: scripts/install-test-peers installs it");
+    };
+    namespaces!(clients, targets);
+    let limits = [("--idle-timeout", "8"), ("--user-timeout", "8"), ("--half-close-timeout", "8")];
+    let calls = |options: &[_]| calls_per_message(strace.clone(), &clients, &targets, options);
+    let (without, with) = (calls(&[]), calls(&limits));
+    println!("{without:.3?}\n{with:.3?}");
+    for name in without.keys().chain(with.keys()) {
+        let count = |calls: &BTreeMap<_, _>| calls.get(name).copied().unwrap_or(0.0);
+        let more = count(&with) - count(&without);
+        assert!(more < FEW, "{name}: {more:.3} more for a message\n{without:.3?}\n{with:.3?}");
+    }
+}
+
 /// 50 kB a call, each byte being moved twice. A call takes what has arrived, at most a pipe of
 /// 1 MiB: 130 to 800 kB where this was written.
 const SPLICES_PER_GB_MAX: f64 = 40_000.0;
