@@ -12,7 +12,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 
 use names::{Names, Sleeper};
 use nix::sys::signal::Signal;
-use support::streams::{accept, connect};
+use support::streams::{accept, connect, is_next};
 use support::{Forwarder, Launch, Netns, Process, eventually, namespaces, skip};
 
 /// Asks through the forwarder, as a client in `clients`, what only the server at `listener` knows.
@@ -381,6 +381,33 @@ fn what_keeps_it_from_the_new_namespace_is_said_once_and_tried_again() {
     wait_for_line(&forwarder, "new connections are in the new namespace now");
     assert_reaches(&forwarder, &others, &named.server);
     assert_eq!(forwarder.stop().code(), Some(0));
+}
+
+/// Room for the socket that comes from the listener, and for no worker's copy of it.
+#[test]
+fn a_new_namespaces_socket_waits_for_descriptors() {
+    const CLIENTS: usize = 5;
+    namespaces!(clients, targets, others);
+    let named = Named::new(clients, targets);
+    let forwarder = named.launch("reopen", "socket").start();
+    let (address, connector) = (forwarder.address(), forwarder.connector());
+    let sockets = || connector.fds().iter().filter(|fd| fd.starts_with("socket:")).count();
+    let before = sockets();
+    assert_reaches(&forwarder, &named.clients, &named.server);
+    eventually("that connection is closed", || (sockets() == before).then_some(()));
+    let limit = connector.limit_descriptors(connector.limit_for_more(1));
+    named.names.link("clients", &others);
+    eventually("it listens there", || others.listens(address.port()).then_some(()));
+    eventually("the connector has the socket", || (sockets() > before).then_some(()));
+    let waiting: Vec<_> = others.enter(|| (0..CLIENTS).map(|_| connect(address)).collect());
+    assert!(!is_next(&named.server, 300), "it accepts there");
+    connector.limit_descriptors(limit);
+    for client in waiting {
+        drop((accept(&named.server), client));
+    }
+    assert_reaches(&forwarder, &others, &named.server);
+    let exit = forwarder.stop();
+    assert_eq!(exit.code(), Some(0), "{exit:?}");
 }
 
 #[test]

@@ -75,6 +75,33 @@ impl Process {
             .collect()
     }
 
+    /// Sets its soft limit of descriptors; returns the one it had.
+    pub fn limit_descriptors(&self, limit: u64) -> u64 {
+        let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        let none = std::ptr::null();
+        // SAFETY: both structures live until the calls return.
+        let result = unsafe {
+            match libc::prlimit(self.pid, libc::RLIMIT_NOFILE, none, &raw mut before) {
+                0 => {
+                    let wanted = libc::rlimit { rlim_cur: limit, ..before };
+                    let none = std::ptr::null_mut();
+                    libc::prlimit(self.pid, libc::RLIMIT_NOFILE, &raw const wanted, none)
+                }
+                failed => failed,
+            }
+        };
+        nix::errno::Errno::result(result).unwrap();
+        before.rlim_cur
+    }
+
+    /// The limit that leaves it room for `count` more descriptors.
+    pub fn limit_for_more(&self, count: usize) -> u64 {
+        let entries = fs::read_dir(format!("/proc/{}/fd", self.pid)).unwrap();
+        let taken: Vec<u64> =
+            entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+        (0..).filter(|number| !taken.contains(number)).nth(count).unwrap()
+    }
+
     /// Resident memory in bytes.
     pub fn rss_bytes(&self) -> u64 {
         self.status("VmRSS:") * 1024
