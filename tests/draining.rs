@@ -168,6 +168,37 @@ fn clients_for_whom_there_was_no_room_until_the_end_are_cut_too() {
     }
 }
 
+/// Whoever gave the listening socket may give it to another one then.
+#[test]
+fn clients_who_wait_at_a_socket_that_others_have_are_left_to_them() {
+    const WAITING: usize = 5;
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets);
+        let (server, listener) = (targets.listen("127.0.0.1:0"), clients.listen("127.0.0.1:0"));
+        let forwarder = Launch::nsplice()
+            .option("--handoff", handoff)
+            .option("--max-connections", "1")
+            .option("--drain-timeout", "0.3")
+            .listen_fd(&listener)
+            .connect_netns(&targets)
+            .connect(server.local_addr().unwrap())
+            .start();
+        let address = listener.local_addr().unwrap();
+        let mut held = (clients.enter(|| connect(address)), accept(&server));
+        ping(&mut held);
+        let mut waiting: Vec<_> =
+            clients.enter(|| (0..WAITING).map(|_| connect(address)).collect());
+        forwarder.listener.signal(Signal::SIGTERM);
+        assert_reset(&mut held.0);
+        assert_cut(&forwarder.finish(), 1);
+        let mut others: Vec<_> = waiting.iter().map(|_| accept(&listener)).collect();
+        waiting.iter_mut().zip(&mut others).for_each(|(client, other)| {
+            other.write_all(b"here").unwrap();
+            client.read_exact(&mut [0; 4]).unwrap();
+        });
+    }
+}
+
 #[test]
 fn clients_who_are_on_their_way_to_a_worker_at_the_end_are_cut_too() {
     const CLIENTS: usize = 400;
