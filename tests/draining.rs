@@ -201,7 +201,8 @@ fn clients_who_wait_at_a_socket_that_others_have_are_left_to_them() {
 
 #[test]
 fn clients_who_are_on_their_way_to_a_worker_at_the_end_are_cut_too() {
-    const CLIENTS: usize = 400;
+    // More than the channels hold.
+    const CLIENTS: usize = 1_000;
     for handoff in HANDOFFS {
         namespaces!(clients, targets);
         let stage = Stage::new(clients, &targets, handoff, "0.3");
