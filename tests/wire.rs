@@ -23,6 +23,7 @@ mod wire {
     pub mod urgent;
 }
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -38,17 +39,40 @@ fn chosen_rows() -> Vec<Row> {
     rows().into_iter().filter(|row| row.name.contains(&wanted)).collect()
 }
 
+/// Scripts wait more than they work: so many are played at a time, each on a stage of its own.
+const STAGES: usize = 3;
+
 /// What is seen without a forwarder; played once.
 fn direct() -> &'static [Seen] {
     static DIRECT: OnceLock<Vec<Seen>> = OnceLock::new();
-    DIRECT.get_or_init(|| play_direct(&chosen_rows(), &Stage::new(Way::Direct).unwrap()))
+    DIRECT.get_or_init(|| play_in_shares(Way::Direct, |rows, _, stage| play_direct(rows, stage)))
 }
 
 fn through(way: Way) -> Vec<Seen> {
-    let stage = Stage::new(way).unwrap();
-    let seen = play_through(&chosen_rows(), &stage, direct());
-    stage.finish();
-    seen
+    let direct = direct();
+    play_in_shares(way, |rows, range, stage| play_through(rows, stage, &direct[range]))
+}
+
+/// `play`: some rows, and which of all they are.
+fn play_in_shares(
+    way: Way,
+    play: impl Fn(&[Row], Range<usize>, &Stage) -> Vec<Seen> + Sync,
+) -> Vec<Seen> {
+    let (rows, play) = (chosen_rows(), &play);
+    let share = rows.len().div_ceil(STAGES).max(1);
+    std::thread::scope(|scope| {
+        let shares = rows.chunks(share).enumerate().map(|(index, rows)| {
+            let first = index * share;
+            scope.spawn(move || {
+                let stage = Stage::new(way).unwrap();
+                let seen = play(rows, first..first + rows.len(), &stage);
+                stage.finish();
+                seen
+            })
+        });
+        let shares: Vec<_> = shares.collect();
+        shares.into_iter().flat_map(|share| share.join().unwrap()).collect()
+    })
 }
 
 /// Both ends see through nsplice what they see without it.

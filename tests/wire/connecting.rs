@@ -34,7 +34,6 @@ pub fn no_host(stage: &Stage) -> Seen {
 /// The target does not answer, until the kernel gives up.
 pub fn timed_out(stage: &Stage) -> Seen {
     stage.targets.sysctl("net/ipv4/tcp_syn_retries", "1");
-    stage.targets.sysctl("net/ipv4/tcp_syn_linear_timeouts", "0");
     fail(&Busy::new(stage).route)
 }
 

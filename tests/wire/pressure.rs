@@ -59,23 +59,30 @@ fn a_stopped_reader_of_a_sender_that_has_reset_costs_no_time_and_bounded_memory(
     check(Before::SenderReset);
 }
 
-/// In each transfer, with each engine; clients and servers are the readers in turn.
+/// In each transfer, with each engine, both engines at a time; clients and servers are the readers
+/// in turn.
 fn check(before: Before) {
-    for way in NSPLICE.into_iter().chain(NSPLICE_ON_EPOLL) {
-        let Way::Nsplice { engine, transfer, handoff: "socket" } = way else { continue };
-        namespaces!(clients, targets);
-        let listener = targets.listen("127.0.0.1:0");
-        let launch = engine.into_iter().fold(Launch::nsplice(), Launch::engine);
-        let forwarder = launch
-            .option("--transfer", transfer)
-            .listen_netns(&clients)
-            .connect_netns(&targets)
-            .listen(([127, 0, 0, 1], 0))
-            .connect(listener.local_addr().unwrap())
-            .start();
-        stop_reading(&forwarder, &clients, &listener, before, transfer);
-        forwarder.stop().assert_clean();
-    }
+    std::thread::scope(|scope| {
+        for ways in [&NSPLICE[..], &NSPLICE_ON_EPOLL] {
+            scope.spawn(move || ways.iter().for_each(|&way| check_way(way, before)));
+        }
+    });
+}
+
+fn check_way(way: Way, before: Before) {
+    let Way::Nsplice { engine, transfer, handoff: "socket" } = way else { return };
+    namespaces!(clients, targets);
+    let listener = targets.listen("127.0.0.1:0");
+    let launch = engine.into_iter().fold(Launch::nsplice(), Launch::engine);
+    let forwarder = launch
+        .option("--transfer", transfer)
+        .listen_netns(&clients)
+        .connect_netns(&targets)
+        .listen(([127, 0, 0, 1], 0))
+        .connect(listener.local_addr().unwrap())
+        .start();
+    stop_reading(&forwarder, &clients, &listener, before, transfer);
+    forwarder.stop().assert_clean();
 }
 
 fn stop_reading(
