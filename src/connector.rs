@@ -8,7 +8,7 @@ use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::signalfd::SignalFd;
 use nix::unistd::Pid;
 
-use crate::config::{Config, Engine, SummaryFormat};
+use crate::config::{Config, Engine, ListenSide, SummaryFormat};
 use crate::crew::{Crew, Outcome, Seed};
 use crate::engine::epoll::Epoll;
 use crate::engine::uring::{self, Uring};
@@ -99,6 +99,7 @@ fn serve(part: Part, log: Log) -> Result<u8> {
         clock: config.times.into(),
         target: target.map_or_else(|| "-C".to_owned(), |target| target.to_string()),
         single: part.single,
+        adopts: config.forwards.iter().any(|one| matches!(one.listen, ListenSide::Listener(_))),
         pipe_size_bytes: config.pipe_size_bytes,
         max_connections: u32::MAX,
     };

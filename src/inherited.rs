@@ -6,12 +6,12 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
-    AddressFamily, SockType, SockaddrLike, SockaddrStorage, getpeername, getsockname, getsockopt,
-    setsockopt, sockopt,
+    AddressFamily, SockType, SockaddrStorage, getpeername, getsockopt, sockopt,
 };
 
 use crate::config::SocketOptions;
 use crate::error::{Error, Kind, Result};
+use crate::socket::{adopt, family};
 
 /// Checks that the descriptors options name are open, before the program opens any of its own:
 /// a number that is not open would come to mean one of those.
@@ -71,8 +71,8 @@ pub fn check_listener(
     if !getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
         return Err(wrong(option, fd, "is not a listening socket; listen(2) must come first"));
     }
-    // Accepted sockets inherit them (tests/kernel/accepting.rs).
-    prepare(socket, options);
+    // For those accepted later; who waits already has what it had (tests/kernel/accepting.rs).
+    adopt(socket, options);
     Ok(())
 }
 
@@ -91,7 +91,7 @@ pub fn check_connected(
     if getpeername::<SockaddrStorage>(socket.as_raw_fd()) == Err(Errno::ENOTCONN) {
         return Err(wrong(option, fd, "is not connected"));
     }
-    prepare(socket, options);
+    adopt(socket, options);
     crate::sys::set_nonblocking(socket).map_err(|errno| unusable(option, fd, errno))
 }
 
@@ -106,22 +106,6 @@ fn check_stream(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> {
         Some(AddressFamily::Inet | AddressFamily::Inet6 | AddressFamily::Unix) => Ok(()),
         _ => Err(wrong(option, fd, "is neither a TCP nor a unix-domain socket")),
     }
-}
-
-/// As [`crate::socket::prepare`], and for unix-domain sockets as far as they know it.
-fn prepare(socket: &OwnedFd, options: &SocketOptions) {
-    // Closing must not wait: it would hold up every other connection of its worker.
-    let _ = setsockopt(socket, sockopt::Linger, &nix::libc::linger { l_onoff: 0, l_linger: 0 });
-    // A socket that was reset in the meantime refuses; forwarding then says so.
-    if family(socket) == Some(AddressFamily::Unix) {
-        let _ = setsockopt(socket, sockopt::OobInline, &true);
-    } else {
-        let _ = crate::socket::prepare(socket, options);
-    }
-}
-
-fn family(socket: &OwnedFd) -> Option<AddressFamily> {
-    getsockname::<SockaddrStorage>(socket.as_raw_fd()).ok()?.family()
 }
 
 fn unusable(option: &str, fd: RawFd, errno: Errno) -> Error {

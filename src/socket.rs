@@ -4,12 +4,16 @@
 //! listening socket is prepared instead of each of its connections.
 
 use std::fs::read_to_string;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::libc;
+use nix::sys::socket::{
+    AddressFamily, SockaddrLike, SockaddrStorage, getsockname, setsockopt, sockopt,
+};
 
 use crate::config::{Keepalive, SocketOptions};
+use crate::sys;
 
 /// Takes back what [`prepare`] sets in some sockets only, with the namespace's values as those of a
 /// new socket. Errors as setsockopt(2).
@@ -38,6 +42,39 @@ pub fn prepare(socket: &impl AsFd, options: &SocketOptions) -> Result<(), Errno>
         setsockopt(socket, sockopt::TcpKeepCount, &count)?;
     }
     Ok(())
+}
+
+/// As [`prepare`], for a socket that another program made, or that was accepted from such a one:
+/// what that program asked for, and a peer would notice, is undone. As far as it is a kind of
+/// socket that knows all this; one that was reset refuses, and forwarding then says so.
+pub fn adopt(socket: &OwnedFd, options: &SocketOptions) {
+    // Closing must not wait: it would hold up every other connection of its worker.
+    let _ = setsockopt(socket, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });
+    for (level, name, value) in NEUTRAL {
+        let _ = sys::set_option(socket, level, name, value);
+    }
+    sys::empty_error_queue(socket);
+    if family(socket) == Some(AddressFamily::Unix) {
+        let _ = setsockopt(socket, sockopt::OobInline, &true);
+    } else {
+        let _ = prepare(socket, options);
+    }
+}
+
+/// Options by level and name, and the values that change nothing on the wire.
+const NEUTRAL: [(i32, i32, i32); 5] = [
+    // Bytes are sent and told of as they come ...
+    (libc::IPPROTO_TCP, libc::TCP_CORK, 0),
+    (libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1),
+    // ... and the socket fails only when the connection does.
+    (libc::SOL_SOCKET, libc::SO_TIMESTAMPING, 0),
+    (libc::IPPROTO_IP, libc::IP_RECVERR, 0),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVERR, 0),
+];
+
+/// What kind of address a socket has.
+pub fn family(socket: &OwnedFd) -> Option<AddressFamily> {
+    getsockname::<SockaddrStorage>(socket.as_raw_fd()).ok()?.family()
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollFlags, EpollOp};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+use nix::sys::socket::{MsgFlags, recv};
 use nix::sys::stat::Mode;
 use nix::unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, fork as nix_fork};
 
@@ -128,17 +129,51 @@ pub(crate) fn netns_cookie(socket: impl AsFd) -> Result<u64, Errno> {
     Ok(cookie)
 }
 
+/// Sets an option that is a number. Errors as setsockopt(2).
+pub(crate) fn set_option(
+    socket: impl AsFd,
+    level: i32,
+    name: i32,
+    value: libc::c_int,
+) -> Result<(), Errno> {
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    let (fd, place) = (socket.as_fd().as_raw_fd(), (&raw const value).cast());
+    // SAFETY: the value lives until the call returns, and its length is its own.
+    Errno::result(unsafe { libc::setsockopt(fd, level, name, place, length) }).map(drop)
+}
+
+/// Throws away what waits in the socket's error queue, which makes it look as if it had failed.
+/// Whether there was something.
+pub(crate) fn empty_error_queue(socket: impl AsFd) -> bool {
+    let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
+    let mut had_any = false;
+    while recv(socket.as_fd().as_raw_fd(), &mut [0], flags).is_ok() {
+        had_any = true;
+    }
+    had_any
+}
+
+/// Whether a TCP connection is over, by its state. Errors as getsockopt(2).
+pub(crate) fn is_closed(socket: impl AsFd) -> Result<bool, Errno> {
+    const TCP_CLOSE: u8 = 7;
+    tcp_info(socket).map(|info| info.tcpi_state == TCP_CLOSE)
+}
+
 /// How many clients wait at a TCP socket to be accepted. Errors as getsockopt(2); EOPNOTSUPP for
 /// sockets of other kinds.
 pub(crate) fn waiting_clients(listener: impl AsFd) -> Result<u32, Errno> {
+    tcp_info(listener).map(|info| info.tcpi_unacked)
+}
+
+fn tcp_info(socket: impl AsFd) -> Result<libc::tcp_info, Errno> {
     // SAFETY: it consists of numbers, for which zeroes are valid.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
-    let (fd, level) = (listener.as_fd().as_raw_fd(), libc::IPPROTO_TCP);
+    let (fd, level) = (socket.as_fd().as_raw_fd(), libc::IPPROTO_TCP);
     let place = (&raw mut info).cast();
     // SAFETY: there is room for the length given until the call returns.
     Errno::result(unsafe { libc::getsockopt(fd, level, libc::TCP_INFO, place, &raw mut length) })?;
-    Ok(info.tcpi_unacked)
+    Ok(info)
 }
 
 /// Reads a number of this size, at the level SOL_SOCKET.

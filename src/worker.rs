@@ -37,6 +37,8 @@ pub struct Settings {
     pub target: String,
     /// Accept one connection only.
     pub single: bool,
+    /// Clients come from a listening socket that another program made.
+    pub adopts: bool,
     /// Capacity wanted for pipes, in bytes.
     pub pipe_size_bytes: u32,
     /// Connections above which none is accepted.
@@ -120,7 +122,10 @@ impl<E: Engine> Worker<E> {
         if self.stopping {
             return self.cut(client);
         }
-        let Settings { transfer, grace_ms, .. } = self.settings;
+        let Settings { transfer, grace_ms, adopts, .. } = self.settings;
+        if adopts {
+            self.engine.adopt(&client);
+        }
         let (flow, target) = match self.target.take() {
             Some(target) => (Flow::connected(transfer, grace_ms), target),
             None => match self.engine.target_socket() {
@@ -291,7 +296,7 @@ impl<E: Engine> Worker<E> {
         let slot = self.slots.get_mut(index as usize);
         let current = slot.filter(|slot| slot.generation == generation);
         if let Some(tenant) = current.and_then(|slot| slot.tenant.as_mut()) {
-            tenant.completed(op, outcome, &mut self.stats);
+            tenant.completed(&mut self.engine, op, outcome, &mut self.stats);
             self.pump(index);
         }
     }

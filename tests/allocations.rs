@@ -98,6 +98,7 @@ impl Observed {
                 clock: Clock::default(),
                 target: target.to_string(),
                 single: false,
+                adopts: false,
                 pipe_size_bytes: 1 << 20,
                 max_connections: u32::MAX,
             };

@@ -59,7 +59,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "flow::Op",
             "flow::half::BUFFER_BYTES",
             "pipe",
-            "socket::prepare",
+            "socket",
             "sys",
         ],
     ),

@@ -48,6 +48,10 @@ pub(super) fn send_urgent(socket: &OwnedFd, byte: u8) -> Result<(), Errno> {
     net::send(socket.as_raw_fd(), &[byte], flags).map(drop)
 }
 
+pub(super) fn has_failed(socket: &OwnedFd) -> bool {
+    !crate::sys::empty_error_queue(socket) || crate::sys::is_closed(socket).unwrap_or(true)
+}
+
 pub(super) fn failure(socket: &OwnedFd) -> Option<Errno> {
     crate::sys::take_error(socket.as_raw_fd()).err()
 }

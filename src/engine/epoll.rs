@@ -282,6 +282,14 @@ impl Engine for Epoll {
         calls::send_urgent(socket, byte)
     }
 
+    fn adopt(&mut self, client: &OwnedFd) {
+        crate::socket::adopt(client, &self.sockets);
+    }
+
+    fn has_failed(&mut self, socket: &OwnedFd) -> bool {
+        calls::has_failed(socket)
+    }
+
     fn failure(&self, socket: &OwnedFd) -> Option<Errno> {
         calls::failure(socket)
     }

@@ -219,6 +219,11 @@ pub trait Engine {
     fn send_urgent(&mut self, socket: &Self::Socket, byte: u8) -> Result<(), Errno>;
     /// Bytes sent that the peer has not acknowledged; 0 if that cannot be known.
     fn unsent(&self, socket: &Self::Socket) -> u32;
+    /// Makes a client's socket ready that was accepted from one which another program made.
+    fn adopt(&mut self, client: &Self::Socket);
+    /// Whether a socket that seems to have failed did. One may have only something in its error
+    /// queue; that is thrown away.
+    fn has_failed(&mut self, socket: &Self::Socket) -> bool;
     /// The failure that no request has been told of, which none is told of any more.
     fn failure(&self, socket: &Self::Socket) -> Option<Errno>;
     /// Who is at the other end, if the socket still knows.

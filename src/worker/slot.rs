@@ -55,7 +55,13 @@ impl<E: Engine> Tenant<E> {
     }
 
     /// Tells the flow that a request has completed.
-    pub(super) fn completed(&mut self, op: Op, outcome: Outcome<E::Socket>, stats: &mut Stats) {
+    pub(super) fn completed(
+        &mut self,
+        engine: &mut E,
+        op: Op,
+        outcome: Outcome<E::Socket>,
+        stats: &mut Stats,
+    ) {
         let event = match (op, outcome) {
             (Op::Connect, Outcome::Done(result)) => Event::Connected(result),
             (Op::Pause, Outcome::Done(_)) => Event::Paused,
@@ -68,6 +74,10 @@ impl<E: Engine> Tenant<E> {
                 });
                 stats.copy_operations += u64::from(result.is_ok_and(|len| len > 0));
                 stats.no_buffer += u64::from(result == Err(Errno::ENOBUFS));
+                if result == Err(Errno::EAGAIN) {
+                    // It was readable: it must not seem so for ever.
+                    engine.has_failed(&self.sockets[half.index()]);
+                }
                 Event::Received { half, result, more }
             }
             (Op::Send(half), Outcome::Sent(result)) => {
@@ -78,6 +88,7 @@ impl<E: Engine> Tenant<E> {
                 Event::Sent { half, result }
             }
             (Op::Watch(side), Outcome::Watched { writable, failed, armed }) => {
+                let failed = failed && engine.has_failed(&self.sockets[side.index()]);
                 Event::Watched { side, writable, failed, armed }
             }
             // No engine answers a request with another's outcome.

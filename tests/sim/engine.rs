@@ -208,6 +208,12 @@ impl Engine for FakeEngine {
         result
     }
 
+    fn adopt(&mut self, _: &FakeSocket) {}
+
+    fn has_failed(&mut self, socket: &FakeSocket) -> bool {
+        self.world().sockets[socket.id].rst
+    }
+
     fn failure(&self, socket: &FakeSocket) -> Option<Errno> {
         let mut world = self.world();
         let errno = world.sockets[socket.id].error.take();

@@ -70,6 +70,7 @@ impl Schedule {
             clock: Clock { tick_ms: 0, limits: plan.limits },
             target: "192.0.2.1:80".to_owned(),
             single: plan.single,
+            adopts: false,
             pipe_size_bytes: 0,
             max_connections: plan.max_connections,
         };
