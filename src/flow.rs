@@ -32,9 +32,8 @@ pub use words::{Action, End, Event, Limit, Limits, Op, Question, Side};
 /// longer (ARCHITECTURE.md has the figures). A fill that has begun is not cut short.
 pub const TURN_BYTES: u32 = 256 << 10;
 
-/// First pause of a flow that waits for what a failed socket had sent to arrive; each is twice
-/// as long as the one before, up to [`MAX_PAUSE_MS`]. Mostly nothing is left to wait for.
-const FIRST_PAUSE_MS: u32 = 1;
+/// Longest pause of a flow that waits for what a failed socket had sent to arrive. The first is a
+/// millisecond; mostly nothing is left to wait for, or a peer that acknowledges late, after 40 ms.
 const MAX_PAUSE_MS: u32 = 128;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,8 +72,8 @@ pub struct Flow {
     alarmed: [bool; 2],
     /// What is left of the time to deliver what a failed socket had sent.
     grace_left_ms: u32,
-    /// Length of the next pause.
-    pause_ms: u32,
+    /// Time spent in pauses.
+    paused_ms: u32,
     /// The failed side's sink was asked, since the last pause, what it has not sent.
     asked_unsent: bool,
     /// Whole ticks since a byte was last passed on, or since the phase began.
@@ -109,7 +108,7 @@ impl Flow {
             turn_left: 0,
             alarmed: [false; 2],
             grace_left_ms: grace_ms,
-            pause_ms: FIRST_PAUSE_MS,
+            paused_ms: 0,
             asked_unsent: false,
             quiet_ticks: 0,
             bytes_at_tick: None,
@@ -123,7 +122,8 @@ impl Flow {
 
     /// How long [`Op::Pause`] is to last.
     pub fn pause_ms(&self) -> u32 {
-        self.pause_ms.min(self.grace_left_ms)
+        // Not much longer in all than what is waited for takes.
+        (1 + self.paused_ms / 8).min(MAX_PAUSE_MS).min(self.grace_left_ms)
     }
 
     /// How the flow ended, once it asked to be closed.
@@ -163,8 +163,9 @@ impl Flow {
                 }
             }
             Event::Paused => {
-                self.grace_left_ms = self.grace_left_ms.saturating_sub(self.pause_ms);
-                self.pause_ms = (self.pause_ms * 2).min(MAX_PAUSE_MS);
+                let over_ms = self.pause_ms();
+                self.grace_left_ms -= over_ms;
+                self.paused_ms += over_ms;
                 self.asked_unsent = false;
                 self.finished(Op::Pause);
             }

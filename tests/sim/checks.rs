@@ -92,10 +92,12 @@ impl World {
     /// A flow pauses to let bytes arrive, of which each pause is longer than the one before, and
     /// all together are not longer than they may be.
     fn check_pause(&self, connection: usize, ms: u32) {
-        let Connection { pauses, paused_ms, .. } = self.connections[connection];
+        let Connection { paused_ms, .. } = self.connections[connection];
         let left = u64::from(self.plan.grace_ms) - paused_ms;
-        let expected = left.min(1 << pauses.min(7));
-        assert!(u64::from(ms) == expected && ms > 0, "pause {pauses} of {ms} ms, not {expected}");
+        let ms = u64::from(ms);
+        assert!(0 < ms && ms <= left, "a pause of {ms} ms, and {left} are left");
+        let expected = left.min(128).min(1 + paused_ms / 8);
+        assert!(ms == expected, "a pause of {ms} ms after {paused_ms}, not {expected}");
         let ids = [2 * connection, 2 * connection + 1];
         let knows = |id: usize| self.sockets[id].is_known_to_have_failed();
         assert!(ids.iter().any(|&id| knows(id)), "a pause, but nothing has failed");
@@ -125,6 +127,12 @@ impl World {
         let connection = &self.connections[socket / 2];
         let budget = 3 * u64::from(TURN_BYTES) + pipe.capacity;
         assert!(connection.filled <= budget, "connection {} takes all the time", socket / 2);
+        // Of those that only wait for their turn one has it, so that others wait for no more.
+        let has_turn = |other: &Connection| other.filled > 0 && !other.is_woken;
+        let others = self.connections.iter().enumerate().filter(|(index, _)| *index != socket / 2);
+        let is_alone = !others.into_iter().any(|(_, other)| has_turn(other));
+        let has_all_buffers = self.plan.buffers >= 64;
+        assert!(connection.is_woken || is_alone || !has_all_buffers, "two have a turn at a time");
     }
 
     /// The end of a stream is passed on once, after all of its bytes, and only if it was one.
@@ -176,9 +184,12 @@ impl World {
         assert!(has_failed, "socket {socket} is reset, but the other one has not failed");
         let is_known = source.is_known_to_have_failed();
         assert!(is_known, "socket {socket} is reset, but the worker cannot know a reason");
+        assert!(!source.is_shut || !is_shut, "socket {socket} is reset after both streams ended");
         let is_grace_over = connection.paused_ms >= u64::from(self.plan.grace_ms);
         let Socket { taken, .. } = *own;
         if !own.rst && !is_grace_over {
+            let is_told = is_shut || own.was_refused || !source.told_end_first;
+            assert!(is_told, "socket {socket} is reset, and not told the end that came before");
             // A source whose request was refused is read no more, whatever still arrives.
             let len = if source.was_refused { source.read } else { source.arrived };
             assert!(taken == len, "socket {socket} is reset with {taken} bytes of {len}");
@@ -232,7 +243,7 @@ impl World {
             assert!(hears || !has_failed || !was_open, "{connection}: a failure is not passed on");
         }
         let has_word = |socket: &Socket| socket.is_reset || socket.is_shut || socket.rst;
-        if self.connections[connection].connected == Some(Ok(())) {
+        if was_open {
             assert!(has_word(client), "the client of {connection} is told nothing");
             assert!(has_word(target), "the target of {connection} is told nothing");
         }
@@ -247,6 +258,9 @@ impl World {
         }
         let socket = posted.socket;
         self.sockets[socket].in_flight -= u32::from(posted.is_last);
+        if socket < self.listener() {
+            self.connections[socket / 2].is_woken = true;
+        }
         if let Report::Accepted(result) = posted.report {
             if let Err(errno) = result
                 && !matches!(errno, Errno::ECANCELED | Errno::ECONNABORTED | Errno::EINTR)
@@ -257,17 +271,25 @@ impl World {
             return;
         }
         match posted.report {
-            Report::Done(Err(errno)) if posted.kind == Kind::Connect && is_failure(errno) => {
+            Report::Done(Err(errno))
+                if posted.kind == Kind::Connect
+                    && is_failure(errno)
+                    && errno != Errno::ECONNRESET =>
+            {
                 self.connections[socket / 2].told_unreachable = Some(errno);
             }
-            Report::Done(Ok(())) if posted.kind == Kind::Connect => {
+            Report::Done(result)
+                if posted.kind == Kind::Connect && result != Err(Errno::ECANCELED) =>
+            {
+                if let Err(errno) = result {
+                    self.told_error(socket, errno);
+                }
                 let client = &self.sockets[other(socket)];
                 self.connections[socket / 2].is_open = !client.told_by_watch;
                 self.connections[socket / 2].delivered_at_tick = None;
             }
             Report::Done(_) => {
                 if let Kind::Pause { ms, .. } = posted.kind {
-                    self.connections[socket / 2].pauses += 1;
                     self.connections[socket / 2].paused_ms += u64::from(ms);
                 }
             }
@@ -282,7 +304,9 @@ impl World {
                 }
                 self.told_by_write(socket, result);
             }
-            Report::Watched { failed: true, .. } => self.sockets[socket].told_by_watch = true,
+            Report::Watched { failed: true, .. } => {
+                self.sockets[socket].told_by_watch |= self.sockets[socket].rst;
+            }
             _ => {}
         }
     }
@@ -292,6 +316,7 @@ impl World {
         let source = &mut self.sockets[socket];
         let is_failure = result.is_err_and(is_failure);
         source.told_last |= is_failure || result == Ok(true);
+        source.told_end_first |= result == Ok(true) && source.told_error.is_none();
         source.told_end |= result == Ok(true);
         if let Err(errno) = result {
             self.told_error(socket, errno);

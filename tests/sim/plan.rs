@@ -58,7 +58,8 @@ pub enum Entry {
 /// A client, its target, and the way between.
 #[derive(Clone, Debug)]
 pub struct Connection {
-    /// What connecting comes to; `None`: it takes for ever.
+    /// What connecting comes to; `None`: it takes for ever. ECONNRESET: the target was reached, sent
+    /// what it had and reset at once.
     pub connect: Option<Result<(), Errno>>,
     /// It comes when those before it are gone.
     pub is_late: bool,
@@ -139,7 +140,7 @@ impl Plan {
         let (is_bulk, is_crowd) = (kind < 3, (3..6).contains(&kind));
         let capacities = capacities(rng, is_bulk);
         let count = match rng.below(10) {
-            _ if is_bulk => rng.range(1, 2),
+            _ if is_bulk => rng.range(1, 3),
             _ if is_crowd => rng.range(15, 40),
             0..5 => 1,
             5..8 => 2,
@@ -204,6 +205,7 @@ impl Connection {
         let connect = match rng.below(40) {
             0 | 1 => None,
             2 | 3 => Some(Err(rng.pick(&failures))),
+            4 => Some(Err(Errno::ECONNRESET)),
             _ => Some(Ok(())),
         };
         let mut peers = [Peer::new(rng, capacities, quiet), Peer::new(rng, capacities, quiet)];

@@ -236,6 +236,10 @@ impl World {
         if has_changed {
             self.requests[index].kind = Kind::Watch { has_changed: false };
             let is_worth_telling = writable || failed || socket.fin;
+            if mishap {
+                // There is something in the socket's error queue.
+                return Some((Report::Watched { writable, failed: true }, false));
+            }
             return is_worth_telling.then_some((level, mishap));
         }
         if !mishap {

@@ -64,6 +64,8 @@ pub struct Socket {
 
     /// The worker has read the end of the stream.
     pub told_end: bool,
+    /// ... and knew of no failure until then.
+    pub told_end_first: bool,
     /// ... or, reading, was told the failure: it has read all it can.
     pub told_last: bool,
     /// The first failure the worker was told of.
@@ -99,6 +101,7 @@ impl Socket {
             is_shut: false,
             is_reset: false,
             told_end: false,
+            told_end_first: false,
             told_last: false,
             told_error: None,
             told_cause: None,
@@ -248,6 +251,12 @@ impl Socket {
             Change::Room => self.room = self.peer.step.min(self.peer.appetite - self.taken),
         }
         Some(change)
+    }
+
+    /// The peer has sent all it has, and reset, before anybody looked: connecting told of it.
+    pub fn reset_at_once(&mut self) {
+        (self.is_connected, self.rst, self.arrived) = (true, true, self.peer.len);
+        self.announce(self.peer.marks.len());
     }
 
     /// More bytes of the peer arrive, in one go or up to an urgent one.

@@ -25,7 +25,7 @@ impl World {
         self.is_exhausted = false;
         self.waits_alone += 1;
         for connection in &mut self.connections {
-            connection.filled = 0;
+            (connection.filled, connection.is_woken) = (0, false);
         }
         self.submit();
         self.now_ms += self.rng.below(u64::from(self.weather.tempo_ms) + 1);
@@ -190,6 +190,10 @@ impl World {
                 trace!(self, "    connection {index}: connecting comes to {result:?}");
                 match result {
                     Ok(()) => self.connect(index),
+                    Err(Errno::ECONNRESET) => {
+                        self.connections[index].connected = Some(result);
+                        self.sockets[2 * index + 1].reset_at_once();
+                    }
                     Err(_) => self.connections[index].connected = Some(result),
                 }
                 return true;

@@ -61,8 +61,9 @@ pub struct Connection {
     pub name: Option<(u32, u32)>,
     /// Bytes spliced since the last wait.
     pub filled: u64,
-    /// Pauses of the flow that are over, and their length together.
-    pub pauses: u32,
+    /// Something of it completed since then.
+    pub is_woken: bool,
+    /// Length of the flow's pauses that are over.
     pub paused_ms: u64,
     /// Bytes that the worker knows to be delivered, both ways.
     pub delivered: u64,
@@ -144,7 +145,7 @@ impl World {
             told_unreachable: None,
             name: None,
             filled: 0,
-            pauses: 0,
+            is_woken: false,
             paused_ms: 0,
             delivered: 0,
             quiet_ticks: 0,
