@@ -8,7 +8,7 @@
 mod support;
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 
 use support::exchanges::{Exchange, run_clients, serve};
 use support::streams::{Random, accept, connect};
@@ -66,6 +66,39 @@ fn the_reference_passes_the_same_streams() {
     namespaces!(clients, targets);
     let launch = Launch::new(Program::Reference);
     forward(launch, 12, IPV4, &clients, &targets, &mixed_sizes("reference"));
+}
+
+#[test]
+fn auto_copies_short_messages_also_after_bulk() {
+    const MESSAGES: u64 = 200;
+    namespaces!(clients, targets);
+    let listener = targets.listen("127.0.0.1:0");
+    let forwarder = Launch::nsplice()
+        .option("--summary", "json")
+        .listen_netns(&clients)
+        .connect_netns(&targets)
+        .listen((IPV4, 0))
+        .connect(listener.local_addr().unwrap())
+        .start();
+    let client = clients.enter(|| connect(forwarder.address()));
+    let server = accept(&listener);
+    exchange(&client, 1, 2, 4 << 20, &server);
+    for message in 0..MESSAGES {
+        exchange(&client, message, message, 100, &server);
+    }
+    drop((client, server));
+    let summary = forwarder.stop().summary();
+    // A receive and a send for each message each way, but for the first few.
+    let copied = summary["copy_operations"].as_u64().unwrap();
+    assert!(copied > 4 * MESSAGES * 9 / 10, "{summary}");
+}
+
+/// So many bytes each way, at once.
+fn exchange(client: &TcpStream, up: u64, down: u64, len: u64, server: &TcpStream) {
+    std::thread::scope(|scope| {
+        scope.spawn(|| support::streams::exchange(server, down, up, len));
+        support::streams::exchange(client, up, down, len);
+    });
 }
 
 #[test]

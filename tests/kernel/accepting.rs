@@ -54,6 +54,24 @@ fn options_of_the_listener_are_those_of_accepted_sockets() {
 }
 
 #[test]
+fn who_waits_in_the_queue_has_the_options_of_its_handshake() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let _client = connect(&listener);
+    super::setsockopt(&listener, sockopt::TcpNoDelay, &true).unwrap();
+    super::setsockopt(&listener, sockopt::OobInline, &true).unwrap();
+    let (accepted, _) = listener.accept().unwrap();
+    let options = [
+        getsockopt(&accepted, sockopt::TcpNoDelay).unwrap(),
+        getsockopt(&accepted, sockopt::OobInline).unwrap(),
+    ];
+    assert_eq!(
+        options, [false; 2],
+        "a client who waited has what was set later: Engine::adopt is for other sockets than TCP's \
+         only; nothing breaks"
+    );
+}
+
+#[test]
 fn an_accepted_socket_has_the_flags_asked_for() {
     let listener = listener();
     let _client = connect(&listener);

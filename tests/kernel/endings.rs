@@ -2,10 +2,12 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
+use nix::libc;
 use nix::poll::PollFlags;
-use nix::sys::socket::{getsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, getsockopt, recv, sockopt};
 
 use super::{connection, events, fill_up, not_acknowledged, not_yet_sent, pipe, reset};
 use super::{reset_by_peer, splice, wait_for, wait_for_bytes};
@@ -101,6 +103,56 @@ fn a_reset_by_connect_is_immediate_whoever_else_has_the_socket() {
         "it ends the connection another way: a failure is passed on as a clean end"
     );
     drop(copy);
+}
+
+/// `near`: what it does before it resets, and whether there is anybody left to tell.
+#[test]
+fn a_reset_by_connect_is_told_until_both_streams_have_ended() {
+    let shut = |socket: &TcpStream| socket.shutdown(Shutdown::Write).unwrap();
+    for (near_shuts, far_shuts) in [(false, true), (true, false), (true, true)] {
+        let (near, far) = connection();
+        if far_shuts {
+            shut(&far);
+            wait_for(&near, PollFlags::POLLIN);
+        }
+        if near_shuts {
+            shut(&near);
+            wait_for(&far, PollFlags::POLLIN);
+        }
+        let _ = reset(&near);
+        let is_told = eventually("the far end is told, or not", || {
+            let now = events(&far);
+            (now.contains(HUP) || far_shuts && near_shuts).then(|| now.contains(ERR))
+        });
+        assert_eq!(
+            is_told,
+            !(near_shuts && far_shuts),
+            "after ends ({near_shuts}, {far_shuts}): a failure that comes then is passed on \
+             otherwise than without nsplice"
+        );
+    }
+}
+
+/// What a program that asks for time stamps gets there.
+#[test]
+fn what_is_in_the_error_queue_looks_like_a_failure_and_is_none() {
+    let (near, mut far) = connection();
+    // Of what is sent, by software.
+    let both: libc::c_int = 1 << 1 | 1 << 4;
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    let (level, name) = (libc::SOL_SOCKET, libc::SO_TIMESTAMPING);
+    let place = (&raw const both).cast();
+    // SAFETY: the value lives until the call returns, and its length is its own.
+    let result = unsafe { libc::setsockopt(near.as_raw_fd(), level, name, place, length) };
+    Errno::result(result).unwrap();
+    (&near).write_all(b"x").unwrap();
+    far.read_exact(&mut [0]).unwrap();
+    let events = wait_for(&near, PollFlags::empty());
+    assert!(events.contains(ERR), "{events:?}: Engine::has_failed need not look; nothing breaks");
+    assert_eq!(getsockopt(&near, sockopt::SocketError), Ok(0));
+    let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
+    while recv(near.as_raw_fd(), &mut [0], flags).is_ok() {}
+    assert!(!super::events(&near).contains(ERR), "a worker with such a socket spins");
 }
 
 #[test]

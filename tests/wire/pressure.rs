@@ -11,9 +11,19 @@ use crate::support::{Forwarder, Launch, Netns, PATIENCE, Process, namespaces};
 
 const CONNECTIONS: usize = 4;
 
-/// What may be on the way of one connection: the kernel's buffers, of up to 4 MiB to send and 32
-/// MiB to receive, on each side, and a pipe. The point is that it has an end.
-const ON_THE_WAY_BYTES_MAX: usize = 80 << 20;
+/// Sizes of the four sockets' buffers, least, first and largest.
+const SOCKET_BUFFERS: &str = "4096 65536 65536";
+const SOCKET_BUFFER_BYTES: usize = 65536;
+
+/// Capacity of a pipe.
+const PIPE: &str = "64K";
+const PIPE_BYTES: usize = 64 << 10;
+
+/// What may be on the way of one connection: four sockets' buffers, and a pipe or a smaller buffer.
+const ON_THE_WAY_BYTES_MAX: usize = 4 * SOCKET_BUFFER_BYTES + PIPE_BYTES;
+
+/// Ends of pipes that are open: a pipe for each half, and no more.
+const PIPE_ENDS_MAX: usize = CONNECTIONS * 2 * 2;
 
 /// What the forwarder's processes may grow by, for all connections. Bytes on the way are in the
 /// kernel, or in buffers of which the first few are there from the start.
@@ -72,10 +82,15 @@ fn check(before: Before) {
 fn check_way(way: Way, before: Before) {
     let Way::Nsplice { engine, transfer, handoff: "socket" } = way else { return };
     namespaces!(clients, targets);
+    for netns in [&clients, &targets] {
+        netns.sysctl("net/ipv4/tcp_rmem", SOCKET_BUFFERS);
+        netns.sysctl("net/ipv4/tcp_wmem", SOCKET_BUFFERS);
+    }
     let listener = targets.listen("127.0.0.1:0");
     let launch = engine.into_iter().fold(Launch::nsplice(), Launch::engine);
     let forwarder = launch
         .option("--transfer", transfer)
+        .option("--pipe-size", PIPE)
         .listen_netns(&clients)
         .connect_netns(&targets)
         .listen(([127, 0, 0, 1], 0))
@@ -95,6 +110,11 @@ fn stop_reading(
     let processes = forwarder.processes();
     let rss_bytes = || processes.iter().map(Process::rss_bytes).sum::<u64>();
     let idle_bytes = rss_bytes();
+    let pipe_ends = || {
+        let targets = processes.iter().flat_map(Process::fds);
+        targets.filter(|target| target.starts_with("pipe:")).count()
+    };
+    let idle_pipe_ends = pipe_ends();
     let mut open = Vec::new();
     for number in 0..CONNECTIONS {
         let client = clients.enter(|| connect(forwarder.address()));
@@ -105,6 +125,8 @@ fn stop_reading(
         }
         let sent = send_until_blocked(&sender);
         assert!(sent < ON_THE_WAY_BYTES_MAX, "{transfer}: {sent} bytes are on the way");
+        let pipe_ends = pipe_ends() - idle_pipe_ends;
+        assert!(pipe_ends <= PIPE_ENDS_MAX, "{transfer}: {pipe_ends} ends of pipes");
         match before {
             Before::Nothing | Before::ReaderHalfClosed => open.push(sender),
             Before::SenderHalfClosed => {
