@@ -11,7 +11,7 @@ use nix::sys::socket::{
 
 use crate::config::SocketOptions;
 use crate::error::{Error, Kind, Result};
-use crate::socket::{adopt, family};
+use crate::socket::{adopt, family, reset};
 
 /// Checks that the descriptors options name are open, before the program opens any of its own:
 /// a number that is not open would come to mean one of those.
@@ -71,7 +71,9 @@ pub fn check_listener(
     if !getsockopt(socket, sockopt::AcceptConn).unwrap_or(false) {
         return Err(wrong(option, fd, "is not a listening socket; listen(2) must come first"));
     }
-    // For those accepted later; who waits already has what it had (tests/kernel/accepting.rs).
+    // For those accepted later; who waits already has what it had (tests/kernel/accepting.rs). A
+    // socket of another kind has no such times.
+    let _ = reset(socket);
     adopt(socket, options);
     Ok(())
 }
@@ -91,6 +93,7 @@ pub fn check_connected(
     if getpeername::<SockaddrStorage>(socket.as_raw_fd()) == Err(Errno::ENOTCONN) {
         return Err(wrong(option, fd, "is not connected"));
     }
+    let _ = reset(socket);
     adopt(socket, options);
     crate::sys::set_nonblocking(socket).map_err(|errno| unusable(option, fd, errno))
 }

@@ -62,10 +62,11 @@ pub fn adopt(socket: &OwnedFd, options: &SocketOptions) {
 }
 
 /// Options by level and name, and the values that change nothing on the wire.
-const NEUTRAL: [(i32, i32, i32); 5] = [
+const NEUTRAL: [(i32, i32, i32); 6] = [
     // Bytes are sent and told of as they come ...
     (libc::IPPROTO_TCP, libc::TCP_CORK, 0),
     (libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1),
+    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, 0),
     // ... and the socket fails only when the connection does.
     (libc::SOL_SOCKET, libc::SO_TIMESTAMPING, 0),
     (libc::IPPROTO_IP, libc::IP_RECVERR, 0),

@@ -145,9 +145,16 @@ pub(crate) fn set_option(
 /// Throws away what waits in the socket's error queue, which makes it look as if it had failed.
 /// Whether there was something.
 pub(crate) fn empty_error_queue(socket: impl AsFd) -> bool {
+    let socket = socket.as_fd().as_raw_fd();
+    let mut family: libc::c_int = 0;
+    let asked = socket_option(socket, libc::SO_DOMAIN, &mut family);
+    if asked.is_err() || ![libc::AF_INET, libc::AF_INET6].contains(&family) {
+        // Others have none, and give their bytes instead (tests/kernel/endings.rs).
+        return false;
+    }
     let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
     let mut had_any = false;
-    while recv(socket.as_fd().as_raw_fd(), &mut [0], flags).is_ok() {
+    while recv(socket, &mut [0], flags).is_ok() {
         had_any = true;
     }
     had_any

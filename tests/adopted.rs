@@ -8,12 +8,13 @@ mod support;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
 use support::streams::{accept, bounded, connect};
-use support::{Forwarder, Launch, Netns, eventually, namespaces};
+use support::{Forwarder, Launch, Netns, PATIENCE, TempDir, eventually, namespaces};
 
 const HANDOFFS: [&str; 2] = ["socket", "connections"];
 
@@ -160,6 +161,73 @@ fn end(mut client: &TcpStream, mut server: &TcpStream, case: &str) {
     let mut answer = Vec::new();
     client.read_to_end(&mut answer).unwrap_or_else(|error| panic!("{case}: {error}"));
     assert_eq!(answer, *b"answer", "{case}");
+}
+
+/// A unix-domain socket has no error queue, and gives bytes to who asks for that.
+#[test]
+fn what_a_unix_domain_peer_said_before_the_start_is_forwarded() {
+    for option in ["-S", "-C"] {
+        namespaces!(netns);
+        let (mut peer, given) = UnixStream::pair().unwrap();
+        peer.write_all(b"early").unwrap();
+        peer.shutdown(Shutdown::Write).unwrap();
+        let listener = netns.listen("127.0.0.1:0");
+        let launch = Launch::nsplice().fd(option, &given);
+        let address = listener.local_addr().unwrap();
+        let (forwarder, mut far) = if option == "-S" {
+            let forwarder = launch.connect_netns(&netns).connect(address).start();
+            (forwarder, accept(&listener))
+        } else {
+            let forwarder = launch.listen_netns(&netns).listen(([127, 0, 0, 1], 0)).start();
+            let far = netns.enter(|| connect(forwarder.address()));
+            (forwarder, far)
+        };
+        drop(given);
+        let mut said = Vec::new();
+        far.read_to_end(&mut said).unwrap();
+        assert_eq!(said, *b"early", "{option}");
+        far.write_all(b"late").unwrap();
+        drop(far);
+        peer.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut answer = Vec::new();
+        peer.read_to_end(&mut answer).unwrap();
+        assert_eq!(answer, *b"late", "{option}");
+        forwarder.finish().assert_clean();
+    }
+}
+
+/// More than there are buffers at first, of clients who say something and are gone.
+#[test]
+fn what_unix_domain_clients_said_before_they_went_is_forwarded() {
+    const CLIENTS: usize = 100;
+    for handoff in HANDOFFS {
+        namespaces!(targets);
+        let directory = TempDir::new();
+        let path = directory.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let say = |number: usize| {
+            let mut client = UnixStream::connect(&path).unwrap();
+            client.write_all(&[number as u8; 1000]).unwrap();
+        };
+        (0..CLIENTS).for_each(say);
+        let target = targets.listen("127.0.0.1:0");
+        let forwarder = Launch::nsplice()
+            .option("--handoff", handoff)
+            .listen_fd(&listener)
+            .connect_netns(&targets)
+            .connect(target.local_addr().unwrap())
+            .start();
+        let mut heard = [false; CLIENTS];
+        for _ in 0..CLIENTS {
+            let mut said = Vec::new();
+            accept(&target).read_to_end(&mut said).unwrap();
+            let number = usize::from(said[0]);
+            assert_eq!(said, [said[0]; 1000], "{handoff}");
+            assert!(!std::mem::replace(&mut heard[number], true), "{handoff}: {number} twice");
+        }
+        assert_eq!(heard, [true; CLIENTS], "{handoff}");
+        forwarder.stop().assert_clean();
+    }
 }
 
 fn set(socket: &impl AsRawFd, level: i32, option: i32, value: i32) {

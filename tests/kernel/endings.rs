@@ -156,6 +156,18 @@ fn what_is_in_the_error_queue_looks_like_a_failure_and_is_none() {
 }
 
 #[test]
+fn a_unix_domain_socket_gives_bytes_to_who_asks_for_its_error_queue() {
+    let (near, mut far) = std::os::unix::net::UnixStream::pair().unwrap();
+    far.write_all(b"x").unwrap();
+    let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
+    assert_eq!(
+        recv(near.as_raw_fd(), &mut [0], flags),
+        Ok(1),
+        "it does not: empty_error_queue need not ask for the family; nothing breaks"
+    );
+}
+
+#[test]
 fn a_reset_by_linger_waits_for_the_last_copy() {
     let (near, far) = connection();
     let copy = near.try_clone().unwrap();
