@@ -8,7 +8,7 @@ use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::signalfd::SignalFd;
 use nix::unistd::Pid;
 
-use crate::config::{Config, Engine, ListenSide, SummaryFormat};
+use crate::config::{Config, Engine, Forward, ListenSide, SummaryFormat};
 use crate::crew::{Crew, Outcome, Seed};
 use crate::engine::epoll::Epoll;
 use crate::engine::uring::{self, Uring};
@@ -93,13 +93,15 @@ fn serve(part: Part, log: Log) -> Result<u8> {
             (Some(address), None)
         }
     };
+    let is_foreign = |one: &Forward| matches!(one.listen, ListenSide::Listener(_));
+    let is_foreign = config.forwards.iter().any(is_foreign);
     let settings = Settings {
         transfer: config.transfer,
         grace_ms: config.reset_timeout_ms,
         clock: config.times.into(),
         target: target.map_or_else(|| "-C".to_owned(), |target| target.to_string()),
         single: part.single,
-        adopts: config.forwards.iter().any(|one| matches!(one.listen, ListenSide::Listener(_))),
+        adopts: is_foreign,
         pipe_size_bytes: config.pipe_size_bytes,
         max_connections: u32::MAX,
     };
@@ -128,27 +130,34 @@ fn serve(part: Part, log: Log) -> Result<u8> {
         (Epoll::NAME, Crew::start::<Epoll>(seeds.collect())?)
     };
     let drain_timeout = Duration::from_millis(config.drain_timeout_ms.into());
+    let (control, signals) = (&part.control, &part.signals);
     let served =
-        Serving::new(&mut crew, follower, &part.control, &part.signals, drain_timeout).run();
+        Serving::new(&mut crew, follower, control, signals, drain_timeout, is_foreign).run();
     let Outcome { stats, last_end, unserved } = crew.stop()?;
     // The listener has counted before it said that this is the end.
     let unserved = unserved + u64::from(part.cut.get(0));
     let stopped = unserved + stats.iter().map(|stats| stats.stopped).sum::<u64>();
-    if config.summary == Some(SummaryFormat::Json) {
-        print_summary(&Summary::new(engine, stats, unserved))?;
-    }
+    let wants_summary = config.summary == Some(SummaryFormat::Json);
+    let summary = wants_summary.then(|| Summary::new(engine, stats, unserved));
+    let printed = summary.map_or(Ok(()), |summary| print_summary(&summary));
     served?;
     if stopped > 0 && !drain_timeout.is_zero() {
         return Err(Error::new(Kind::Cut, format!("connections cut at the end: {stopped}")));
     }
+    printed?;
     let failed = !matches!(last_end, None | Some(End::Complete | End::Stopped));
     Ok(if part.single && failed { Kind::Connection.status() } else { 0 })
 }
 
 fn print_summary(summary: &Summary) -> Result<()> {
-    writeln!(std::io::stdout(), "{}", summary.to_json()).map_err(|error| {
-        Error::new(Kind::Socket, format!("--summary json: cannot write it: {error}"))
-    })
+    let text = format!("{}\n", summary.to_json());
+    let write = move || std::io::stdout().write_all(text.as_bytes());
+    let why = match log::bounded(write) {
+        Some(Ok(())) => return Ok(()),
+        Some(Err(error)) => error.to_string(),
+        None => "nobody reads standard output".to_owned(),
+    };
+    Err(Error::new(Kind::Socket, format!("--summary json: cannot write it: {why}")))
 }
 
 /// Which engine all workers use. A ring that is not to be had for want of memory or descriptors is

@@ -121,8 +121,8 @@ pub struct Crew {
     queues: Queues,
     /// The workers are to be told when there are none.
     is_draining: bool,
-    /// Nobody else serves them.
-    are_ours: bool,
+    /// Nobody else serves them, as was known when they were to be taken.
+    are_ours: Option<bool>,
 }
 
 /// What the workers leave behind.
@@ -152,7 +152,7 @@ impl Crew {
             next_listener: None,
             queues: Queues::default(),
             is_draining: false,
-            are_ours: false,
+            are_ours: None,
         };
         for (index, seed) in seeds.into_iter().enumerate() {
             let reporter = Reporter { reports: report.clone(), attention: crew.attention() };
@@ -192,7 +192,8 @@ impl Crew {
             Ok(copies) => copies,
             // There are too few descriptors now: tried again with the waiting clients.
             Err(_) if self.listener.is_some() => {
-                self.next_listener = Some(listener);
+                let before = self.next_listener.replace(listener);
+                before.into_iter().for_each(|listener| self.queues.add(listener));
                 return Ok(());
             }
             Err(error) => {
@@ -244,7 +245,7 @@ impl Crew {
     /// another program has the listening socket, too.
     pub fn drain(&mut self, is_shared: bool) {
         self.is_draining = true;
-        self.are_ours = !is_shared;
+        self.are_ours.get_or_insert(!is_shared);
         // What they took of those who come later, those who wait would have to wait for.
         for worker in &self.workers {
             worker.tell(Command::StopAccepting);
@@ -287,7 +288,7 @@ impl Crew {
 
     /// Ends all workers. Fails with the first failure.
     pub fn stop(mut self) -> Result<Outcome> {
-        let unserved = if self.are_ours { self.queues.waiting() } else { 0 };
+        let unserved = if self.are_ours == Some(true) { self.queues.waiting() } else { 0 };
         for worker in &self.workers {
             worker.tell(Command::Stop);
         }

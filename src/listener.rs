@@ -157,8 +157,9 @@ fn expect(control: &Channel, signals: &SignalFd, message: Message) -> Result<boo
 fn announce(address: Option<&SockaddrStorage>, log: &Log, ready: Option<OwnedFd>) {
     let address = address.map_or_else(|| "unknown".to_owned(), SockaddrStorage::to_string);
     if let Some(ready) = ready {
-        // Whoever asked to be told and did not wait for it is nothing to fail for.
-        let _ = write(ready, format!("{address}\n").as_bytes());
+        let text = format!("{address}\n");
+        // Whoever asked to be told and does not wait for it is nothing to fail for.
+        let _ = log::bounded(move || write(ready, text.as_bytes()));
     }
     if log.is_verbose() {
         log.line(&format!("listening on {address}"));
@@ -264,7 +265,13 @@ impl Serving<'_> {
             if !have_room(&self.outboxes, &self.ended) {
                 return true;
             }
-            let Ok(client) = self.queues.take() else { return true };
+            let client = match self.queues.take() {
+                Ok(client) => client,
+                Err(errno) => {
+                    self.cannot_accept(errno);
+                    return true;
+                }
+            };
             let give = |client| give(client, &mut self.outboxes, &self.ended);
             client.into_iter().for_each(give);
         }
@@ -302,8 +309,7 @@ impl Serving<'_> {
                 let result = accept_batch(listener, &mut self.outboxes, &self.ended);
                 paused = result.is_err();
                 if let Err(errno) = result {
-                    let text = || format!("cannot accept: {errno:?}: {}", errno.desc());
-                    self.log.failure("cannot accept", text);
+                    self.cannot_accept(errno);
                 }
             }
         }
@@ -353,6 +359,11 @@ impl Serving<'_> {
         }
         self.follower = Some(follower);
         Ok(())
+    }
+
+    fn cannot_accept(&self, errno: Errno) {
+        let text = || format!("cannot accept: {errno:?}: {}", errno.desc());
+        self.log.failure("cannot accept", text);
     }
 
     /// Whether the connector, which may be the one that gets the signal, says so; if not, it is

@@ -61,6 +61,16 @@ pub fn say_last(text: String) {
     }
 }
 
+/// What comes of `write`, which may wait for a reader; `None`: it still does after [`LAST_LINES`], or
+/// there can be no thread for it.
+pub fn bounded<T: Send + 'static>(write: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let (writing, written) = channel();
+    // Nobody may wait for it any more.
+    let writer = move || drop(writing.send(write()));
+    thread::Builder::new().name("writer".into()).spawn(writer).ok()?;
+    written.recv_timeout(LAST_LINES).ok()
+}
+
 /// A standard error that is gone is nothing to end a connection for, let alone to panic.
 fn write_line(text: &str) {
     // In one piece: the other process writes there, too.

@@ -25,8 +25,9 @@ use crate::netns::{self, OpenNetns};
 use crate::sys::SharedCounters;
 use crate::{connector, listener, log};
 
-/// Signals that come within this time of the first are repetitions of it, not impatience.
-const ONE_ORDER: Duration = Duration::from_secs(1);
+/// Signals that come within this time of the first are repetitions of it, not impatience: some
+/// programs signal a process and then its group, and both processes tell.
+pub const ONE_ORDER: Duration = Duration::from_millis(200);
 
 /// The listen side, opened.
 #[derive(Debug)]

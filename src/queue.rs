@@ -36,7 +36,11 @@ impl Queue {
                 }
                 Err(Errno::EAGAIN) => self.left = 0,
                 Err(Errno::EINTR | Errno::ECONNABORTED) => {}
-                Err(errno) => return Err(errno),
+                Err(errno @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)) => {
+                    return Err(errno);
+                }
+                // It is no listening socket any more: whoever else has it has shut it down.
+                Err(_) => self.left = 0,
             }
         }
         Ok(None)

@@ -231,6 +231,44 @@ fn clients_who_are_on_their_way_to_a_worker_at_the_end_are_cut_too() {
 }
 
 #[test]
+fn clients_who_are_on_their_way_are_reset_without_time_to_drain_too() {
+    const CLIENTS: usize = 1_000;
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets);
+        let stage =
+            Stage::with(clients, &targets, handoff, |launch| launch.option("--workers", "1"));
+        let sockets = || {
+            let fds = stage.forwarder.listener.fds();
+            fds.iter().filter(|fd| fd.starts_with("socket:")).count()
+        };
+        let idle = sockets();
+        let connector = stage.forwarder.connector();
+        connector.stop();
+        let address = stage.forwarder.address();
+        // One after the other, so that each takes a message of its own.
+        let connect_slowly = || {
+            thread::sleep(Duration::from_micros(200));
+            connect(address)
+        };
+        let mut waiting: Vec<_> =
+            stage.clients.enter(|| (0..CLIENTS).map(|_| connect_slowly()).collect());
+        if handoff == "connections" {
+            // What is not sent any more stays.
+            let mut looks = 0;
+            eventually("the listener cannot send all it has accepted", || {
+                looks = if sockets() > idle { looks + 1 } else { 0 };
+                (looks > 50).then_some(())
+            });
+        }
+        stage.signal(To::Listener);
+        eventually("the listener waits for the connector", || (sockets() == 0).then_some(()));
+        connector.signal(Signal::SIGCONT);
+        waiting.iter_mut().for_each(assert_reset);
+        stage.forwarder.finish().assert_clean();
+    }
+}
+
+#[test]
 fn a_second_signal_ends_at_once() {
     for handoff in HANDOFFS {
         for to in [To::Listener, To::Connector, To::Group] {

@@ -26,6 +26,10 @@ pub(super) struct Serving<'a> {
     signals: &'a SignalFd,
     /// Time for connections to end by themselves; zero: none.
     drain_timeout: Duration,
+    /// It began then.
+    draining_since: Option<Instant>,
+    /// Another program has the listening socket, too.
+    is_shared: bool,
     has_announced: bool,
     /// When connections are cut that are still there; without one the listener says when.
     deadline: Option<Instant>,
@@ -40,6 +44,7 @@ impl<'a> Serving<'a> {
         control: &'a Channel,
         signals: &'a SignalFd,
         drain_timeout: Duration,
+        is_shared: bool,
     ) -> Self {
         Self {
             crew,
@@ -47,6 +52,8 @@ impl<'a> Serving<'a> {
             control: Some(control),
             signals,
             drain_timeout,
+            draining_since: None,
+            is_shared,
             has_announced: false,
             deadline: None,
             failure: None,
@@ -108,6 +115,7 @@ impl<'a> Serving<'a> {
         match control.receive() {
             Ok(Some(Received { message: Message::Stop, .. })) => Ok(true),
             Ok(Some(Received { message: message @ (Message::Drain | Message::Leave), .. })) => {
+                self.draining_since = Some(Instant::now());
                 self.drain(None, message == Message::Leave);
                 Ok(false)
             }
@@ -115,7 +123,8 @@ impl<'a> Serving<'a> {
             Ok(None) | Err(Errno::ECONNRESET) => {
                 self.control = None;
                 self.failure = Some(Error::new(Kind::Process, "the listener process died"));
-                self.drain(Some(Instant::now() + self.drain_timeout), false);
+                let since = *self.draining_since.get_or_insert_with(Instant::now);
+                self.drain(Some(since + self.drain_timeout), self.is_shared);
                 Ok(false)
             }
             // What it has sent stays there until there are descriptors for it.

@@ -30,6 +30,8 @@ pub(super) struct Thread<E: Start> {
     handoff: Option<Channel>,
     /// There was no room for connections that are in the channel.
     must_look_again: bool,
+    /// A listening socket that is to be left, once there is room to look at it.
+    leaving: Option<OwnedFd>,
     ended: SharedCounters,
     /// Connections counted in `ended` so far.
     ended_count: u64,
@@ -65,6 +67,7 @@ impl<E: Start> Thread<E> {
             woken,
             handoff: seed.handoff,
             must_look_again: false,
+            leaving: None,
             ended: seed.ended,
             ended_count: 0,
             load,
@@ -80,7 +83,8 @@ impl<E: Start> Thread<E> {
                 let what = format!("{}: cannot wait for completions", E::NAME);
                 Error::system(Kind::Kernel, what, errno, "")
             })?;
-            if let Some(listener) = self.worker.left() {
+            let late = self.leaving.take_if(|_| !self.worker.is_paused());
+            for listener in late.into_iter().chain(self.worker.left()) {
                 self.leave(listener);
             }
             if woken.command {
@@ -99,10 +103,15 @@ impl<E: Start> Thread<E> {
     /// no more; others still wait, and nobody else is woken for that one.
     fn leave(&mut self, listener: OwnedFd) {
         // Whoever has the socket too finds it changed, as with a worker on epoll.
-        if set_nonblocking(&listener).is_ok()
-            && let Ok(client) = queue::accept(&listener)
-        {
-            self.worker.add(client);
+        let client = set_nonblocking(&listener).and_then(|()| queue::accept(&listener));
+        match client {
+            Ok(client) => self.worker.add(client),
+            Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {
+                self.worker.pause();
+                self.leaving = Some(listener);
+                return;
+            }
+            Err(_) => {}
         }
         self.worker.engine().close(listener);
     }

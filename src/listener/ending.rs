@@ -8,11 +8,7 @@ use super::{Outbox, PAUSE_MS, Serving, send};
 use crate::config::Handoff;
 use crate::error::Result;
 use crate::handoff::Message;
-use crate::process::Wake;
-
-/// Signals that come within this time of the first are repetitions of it, not impatience: some
-/// programs signal a process and then its group, and both processes tell.
-const ONE_ORDER: Duration = Duration::from_millis(200);
+use crate::process::{ONE_ORDER, Wake};
 
 /// A listener that is ending.
 pub(super) struct Ending<'a> {

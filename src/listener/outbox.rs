@@ -64,6 +64,13 @@ impl Outbox {
     }
 }
 
+/// However the listener ends, nobody who was accepted is to see an orderly end.
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
+
 /// Whether a worker has room for a connection. If none has, each says when it has.
 pub(super) fn have_room(outboxes: &[Outbox], ended: &SharedCounters) -> bool {
     let has_room = |(index, outbox): (usize, &Outbox)| outbox.load(index, ended) < outbox.limit;

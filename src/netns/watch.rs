@@ -133,7 +133,8 @@ impl Follower {
                     return Err(ended(netns, "the name was deleted"));
                 }
                 if !std::mem::replace(&mut self.is_gone, true) {
-                    self.log.line(&format!("{netns}: the name was deleted; waiting for it"));
+                    let text = || format!("{netns}: the name was deleted; waiting for it");
+                    self.log.failure("a namespace's name was deleted", text);
                 }
                 Ok(None)
             }
@@ -144,7 +145,8 @@ impl Follower {
 
     /// Takes note that new connections are in this namespace now.
     pub fn went_to(&mut self, netns: Arc<OpenNetns>) {
-        self.log.line(&format!("{}: new connections are in the new namespace now", netns.netns));
+        let text = || format!("{}: new connections are in the new namespace now", netns.netns);
+        self.log.failure("connections are in a new namespace", text);
         self.log.enter(Arc::clone(&netns));
         self.entered = netns;
         self.is_gone = false;
@@ -154,7 +156,7 @@ impl Follower {
     /// Takes note that there can be none yet; [`look`](Self::look) will return it again.
     pub fn cannot_go(&mut self, error: Error) {
         if self.failure.as_ref() != Some(&error) {
-            self.log.line(&format!("{error}; trying again"));
+            self.log.failure("cannot follow a namespace", || format!("{error}; trying again"));
             self.failure = Some(error);
         }
     }
