@@ -1,6 +1,6 @@
 //! nsplice against the tool it replaces, and against no forwarder at all: in each scenario client,
-//! server and user must see the same. Where the reference is broken (the numbers B1 to B17 of
-//! ARCHITECTURE.md) nsplice is held against what it promises.
+//! server and user must see the same. Where the reference is broken ("mended" in README.md) nsplice is
+//! held against what it promises.
 
 #![allow(clippy::unwrap_used)]
 
@@ -117,7 +117,6 @@ fn bounded_unix(stream: UnixStream) -> UnixStream {
 const NO_NETNS: &str = "No network-namespace-related option specified. \
                         Operating in a usual boring TCP forwarder mode.\n";
 
-/// B1.
 #[test]
 fn an_inherited_client_is_forwarded_to_an_address() {
     namespaces!(clients, targets);
@@ -146,7 +145,7 @@ fn an_inherited_client_whose_target_refuses_is_reset_and_the_status_is_6() {
     assert!(exit.stderr.contains("ECONNREFUSED"), "{exit:?}");
 }
 
-/// B2: exactly one connection.
+/// Exactly one connection.
 #[test]
 fn a_listener_with_an_inherited_target_forwards_one_connection() {
     namespaces!(clients, targets);
@@ -164,7 +163,7 @@ fn a_listener_with_an_inherited_target_forwards_one_connection() {
     clients.enter(|| TcpStream::connect(address)).expect_err("nothing listens any more");
 }
 
-/// B2: the listener may be inherited too.
+/// The listener may be inherited too.
 #[test]
 fn an_inherited_listener_with_an_inherited_target_forwards_one_connection() {
     namespaces!(clients, targets);
@@ -178,7 +177,6 @@ fn an_inherited_listener_with_an_inherited_target_forwards_one_connection() {
     assert_eq!((exit.code(), exit.stderr.as_str()), (Some(0), NO_NETNS), "{exit:?}");
 }
 
-/// B3.
 #[test]
 fn one_descriptor_names_both_namespaces() {
     namespaces!(both);
@@ -197,7 +195,6 @@ fn one_descriptor_names_both_namespaces() {
     forwarder.stop().assert_clean();
 }
 
-/// B6.
 #[test]
 fn an_inherited_listener_may_be_a_unix_socket() {
     namespaces!(targets);
@@ -216,7 +213,6 @@ fn an_inherited_listener_may_be_a_unix_socket() {
     forwarder.stop().assert_clean();
 }
 
-/// B6.
 #[test]
 fn inherited_connections_may_be_unix_sockets() {
     let [(client, accepted), (connected, server)] = [(); 2].map(|()| UnixStream::pair().unwrap());
@@ -227,7 +223,6 @@ fn inherited_connections_may_be_unix_sockets() {
     assert_eq!((exit.code(), exit.stderr.as_str()), (Some(0), NO_NETNS), "{exit:?}");
 }
 
-/// B7.
 #[test]
 fn an_inherited_listener_may_be_non_blocking() {
     for handoff in ["socket", "connections"] {
@@ -249,7 +244,7 @@ fn an_inherited_listener_may_be_non_blocking() {
     }
 }
 
-/// B9: the client of a listening forwarder learns it as a reset, others are not disturbed.
+/// The client of a listening forwarder learns it as a reset, others are not disturbed.
 #[test]
 fn a_client_whose_target_refuses_is_reset() {
     namespaces!(clients, targets);

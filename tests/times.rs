@@ -21,6 +21,15 @@ use support::{Exit, Forwarder, Launch, Netns, Process, eventually, namespaces};
 
 /// Long enough that a busy machine does not take it for silence.
 const LIMIT: &str = "1";
+const LIMIT_S: f64 = 1.0;
+
+/// What began at `since` has been cut after [`LIMIT`], an eighth of it at most, and what a busy machine
+/// takes.
+#[track_caller]
+fn assert_in_time(since: Instant) {
+    let seconds = since.elapsed().as_secs_f64();
+    assert!((LIMIT_S..4.0 * LIMIT_S).contains(&seconds), "cut after {seconds} s");
+}
 
 /// A forwarder with these options, and a server behind it.
 struct Stage {
@@ -96,8 +105,10 @@ fn a_target_that_does_not_answer_is_given_up() {
     listen(&stage.server, Backlog::new(0).unwrap()).unwrap();
     let address = stage.server.local_addr().unwrap();
     let filler = targets.enter(|| connect(address));
+    let since = Instant::now();
     let mut client = stage.clients.enter(|| connect(stage.forwarder.address()));
     assert_reset(&mut client);
+    assert_in_time(since);
     ping(&mut ready);
     drop((client, ready, filler));
     let exit = stage.forwarder.stop();
@@ -110,9 +121,11 @@ fn a_target_that_does_not_answer_is_given_up() {
 fn a_connection_without_a_byte_is_reset_on_both_sides_and_a_busy_one_is_not() {
     namespaces!(clients, targets);
     let stage = Stage::new(clients, &targets, &[("--idle-timeout", LIMIT)]);
+    let since = Instant::now();
     let (mut client, mut server) = stage.connection();
     let mut busy = stage.connection();
     assert_reset_beside(&mut client, &mut busy);
+    assert_in_time(since);
     assert_reset(&mut server);
     let (client, mut server) = busy;
     drop(client);
@@ -130,9 +143,11 @@ fn a_half_closed_connection_has_a_limit_of_its_own() {
     let mut silent = stage.connection();
     let mut busy = stage.connection();
     let (mut client, mut server) = stage.connection();
+    let since = Instant::now();
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(server.read(&mut [0]).unwrap(), 0);
     assert_reset_beside(&mut client, &mut busy);
+    assert_in_time(since);
     // Its stream had ended: there is nothing to reset. It learns it when it sends.
     eventually("the server cannot send any more", || server.write_all(b"late").err());
     ping(&mut silent);

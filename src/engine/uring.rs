@@ -156,7 +156,13 @@ impl Uring {
                 }
             }
         };
-        self.inbox.extend(self.ring.completion());
+        let completions = self.ring.completion();
+        if completions.overflow() > 0 {
+            // The kernel had no memory to keep what there was no room for: a flow would wait for
+            // ever for what is lost.
+            return Err(Errno::EOVERFLOW);
+        }
+        self.inbox.extend(completions);
         match result.map_err(errno_of) {
             // EAGAIN and EBUSY: not all was submitted; what was not is still in the queue.
             Ok(_) | Err(Errno::EINTR | Errno::ETIME | Errno::EAGAIN | Errno::EBUSY) => Ok(()),
