@@ -61,8 +61,8 @@ pub fn say_last(text: String) {
     }
 }
 
-/// What comes of `write`, which may wait for a reader; `None`: it still does after [`LAST_LINES`], or
-/// there can be no thread for it.
+/// What comes of `write`, which may wait for a reader; `None`: it still does after [`LAST_LINES`],
+/// or there can be no thread for it.
 pub fn bounded<T: Send + 'static>(write: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     let (writing, written) = channel();
     // Nobody may wait for it any more.

@@ -82,8 +82,8 @@ const LISTEN_SIDE: &[Opt] = &[
         short: Some('L'),
         long: "--listen-fd",
         value: Some(FD),
-        help: "Accept from this inherited listening socket, whose options become those of one that -l \
-               makes",
+        help: "Accept from this inherited listening socket, whose options become those of one that \
+               -l makes",
         default: None,
     },
     Opt {
