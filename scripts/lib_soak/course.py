@@ -26,7 +26,7 @@ SCRIPTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What each program of clients does: coroutines of a kind, `storm` connections a second.
 LOADS = [
     {"bulk": 4, "slow": 6, "reset": 4},
-    {"messages": 12, "storm": 300, "idle": 1000},
+    {"messages": 12, "storm": 300, "idle": 2000},
 ]
 WARM_UP_S = 3
 TICK_S = 0.25

@@ -39,7 +39,7 @@ All of this goes on at the same time, in two processes of clients and one of tar
   what arrived must be what was sent first, and all of it if it was acknowledged;
 - **messages**: questions and answers of 1 B to 200 KB on connections that last up to a minute;
 - **storm**: bursts of connections, one exchange each;
-- **idle**: a thousand connections that are held throughout, each used now and then.
+- **idle**: two thousand connections that are held throughout, each used now and then.
 
 Every byte of a connection follows from the connection's number, in each direction from another
 place in a block of random bytes. Both ends compare each byte as it comes. So they need no hash, can
