@@ -157,9 +157,8 @@ fn expect(control: &Channel, signals: &SignalFd, message: Message) -> Result<boo
 fn announce(address: Option<&SockaddrStorage>, log: &Log, ready: Option<OwnedFd>) {
     let address = address.map_or_else(|| "unknown".to_owned(), SockaddrStorage::to_string);
     if let Some(ready) = ready {
-        let text = format!("{address}\n");
-        // Whoever asked to be told and does not wait for it is nothing to fail for.
-        let _ = log::bounded(move || write(ready, text.as_bytes()));
+        // Whoever asked to be told and did not wait for it is nothing to fail for.
+        let _ = write(ready, format!("{address}\n").as_bytes());
     }
     if log.is_verbose() {
         log.line(&format!("listening on {address}"));
