@@ -97,47 +97,53 @@ const STORM_PER_SECOND: f64 = 2_000.0;
 /// is refused or reset is a panic.
 #[test]
 fn nobody_is_refused_or_reset_in_a_storm_of_connections() {
+    namespaces!(_clients);
     for handoffs in
         [["socket"; 4], ["connections"; 4], ["socket", "connections", "socket", "socket"]]
     {
-        namespaces!(clients, targets);
-        let line = Line::new(clients, targets);
-        let mut running = line.launch(any(), handoffs[0]).start();
-        let address = running.address();
-        let (stop, done) = (AtomicBool::new(false), AtomicUsize::new(0));
-        let started = Instant::now();
-        let mut exits = Vec::new();
-        std::thread::scope(|scope| {
-            scope.spawn(|| storm(&line, address, &stop, &done));
-            for handoff in &handoffs[1..] {
-                let before = done.load(Ordering::Relaxed);
-                eventually("the storm goes on", || {
-                    (done.load(Ordering::Relaxed) > before).then_some(())
-                });
-                let successor = line.launch(address, handoff).start();
-                exits.push(std::mem::replace(&mut running, successor).finish());
-            }
+        // On a machine busy with other programs it may be less of one.
+        let is_storm = (0..3).any(|_| take_over_in_a_storm(handoffs) >= STORM_PER_SECOND);
+        assert!(is_storm, "{handoffs:?}: never {STORM_PER_SECOND} connections a second");
+    }
+}
+
+/// Returns the connections a second.
+fn take_over_in_a_storm(handoffs: [&str; 4]) -> f64 {
+    let [clients, targets] = [Netns::new(), Netns::new()].map(Result::unwrap);
+    let line = Line::new(clients, targets);
+    let mut running = line.launch(any(), handoffs[0]).start();
+    let address = running.address();
+    let (stop, done) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let started = Instant::now();
+    let mut exits = Vec::new();
+    std::thread::scope(|scope| {
+        scope.spawn(|| storm(&line, address, &stop, &done));
+        for handoff in &handoffs[1..] {
             let before = done.load(Ordering::Relaxed);
             eventually("the storm goes on", || {
                 (done.load(Ordering::Relaxed) > before).then_some(())
             });
-            stop.store(true, Ordering::Relaxed);
-        });
-        let rate = done.load(Ordering::Relaxed) as f64 / started.elapsed().as_secs_f64();
-        println!("{handoffs:?}: {rate:.0} connections a second");
-        assert!(rate >= STORM_PER_SECOND, "{rate:.0} connections a second are no storm");
-        exits.push(running.stop());
-        let mut connections = 0;
-        for exit in &exits {
-            exit.assert_clean();
-            let summary = exit.summary();
-            assert_eq!(summary["completed"], summary["connections"], "{summary}");
-            assert!(summary["connections"].as_u64() > Some(0), "it had no part: {summary}");
-            connections += summary["connections"].as_u64().unwrap();
+            let successor = line.launch(address, handoff).start();
+            exits.push(std::mem::replace(&mut running, successor).finish());
         }
-        assert_eq!(connections, done.load(Ordering::Relaxed) as u64, "{handoffs:?}");
-        line.assert_files(&[]);
+        let before = done.load(Ordering::Relaxed);
+        eventually("the storm goes on", || (done.load(Ordering::Relaxed) > before).then_some(()));
+        stop.store(true, Ordering::Relaxed);
+    });
+    let rate = done.load(Ordering::Relaxed) as f64 / started.elapsed().as_secs_f64();
+    println!("{handoffs:?}: {rate:.0} connections a second");
+    exits.push(running.stop());
+    let mut connections = 0;
+    for exit in &exits {
+        exit.assert_clean();
+        let summary = exit.summary();
+        assert_eq!(summary["completed"], summary["connections"], "{summary}");
+        assert!(summary["connections"].as_u64() > Some(0), "it had no part: {summary}");
+        connections += summary["connections"].as_u64().unwrap();
     }
+    assert_eq!(connections, done.load(Ordering::Relaxed) as u64, "{handoffs:?}");
+    line.assert_files(&[]);
+    rate
 }
 
 /// One client at a time: if the old process were woken for it and then accepted no more, there would
