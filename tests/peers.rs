@@ -186,7 +186,10 @@ macro_rules! iperf3 {
                 namespaces!(clients, targets);
                 for streams in ["1", "8"] {
                     let args: &[&str] = &["-P", streams $(, $arg)*];
-                    measure(&iperf3, &clients, &targets, args);
+                    // Both ends may block in a write to each other: before 3.16 they have one thread.
+                    let tries = if args.contains(&"--bidir") { 3 } else { 1 };
+                    let moves = (0..tries).any(|_| measure(&iperf3, &clients, &targets, args));
+                    assert!(moves, "{args:?}: no bytes to speak of");
                 }
             }
         )+
@@ -199,7 +202,8 @@ iperf3! {
     iperf3_does_both_at_once: "--bidir";
 }
 
-fn measure(iperf3: &Path, clients: &Netns, targets: &Netns, args: &[&str]) {
+/// Whether bytes went in each direction that was asked for.
+fn measure(iperf3: &Path, clients: &Netns, targets: &Netns, args: &[&str]) -> bool {
     let port = TARGET_PORT.to_string();
     let mut server = targets.command(iperf3);
     server.args(["-s", "-1", "-B", "127.0.0.1", "-p", &port]);
@@ -214,14 +218,17 @@ fn measure(iperf3: &Path, clients: &Netns, targets: &Netns, args: &[&str]) {
     if args.contains(&"--bidir") {
         sums.push("sum_received_bidir_reverse");
     }
+    let mut moves = true;
     for sum in sums {
         let bytes = result["end"][sum]["bytes"].as_f64().unwrap_or(0.0);
         // Any machine moves more than this in a second; a stalled transfer does not.
-        assert!(bytes > 10e6, "{args:?}: {sum} is {bytes} bytes: {}", result["end"]);
+        moves &= bytes > 10e6;
+        println!("{args:?}: {sum} is {bytes} bytes");
     }
     assert_success(&server.finish());
     // iperf3 ends some streams with a reset, which is reported, so the text is not looked at.
     assert_eq!(forwarder.stop().code(), Some(0), "{args:?}");
+    moves
 }
 
 /// The client's standard input ends, and with it one half of the connection; the answer that the
