@@ -153,9 +153,9 @@ fn print_summary(summary: &Summary) -> Result<()> {
     let text = format!("{}\n", summary.to_json());
     let write = move || std::io::stdout().write_all(text.as_bytes());
     let why = match log::bounded(write) {
-        Some(Ok(())) => return Ok(()),
-        Some(Err(error)) => error.to_string(),
-        None => "nobody reads standard output".to_owned(),
+        Ok(Some(Ok(()))) => return Ok(()),
+        Ok(Some(Err(error))) | Err(error) => error.to_string(),
+        Ok(None) => "nobody reads standard output".to_owned(),
     };
     Err(Error::new(Kind::Socket, format!("--summary json: cannot write it: {why}")))
 }

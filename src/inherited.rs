@@ -6,12 +6,13 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
-    AddressFamily, SockType, SockaddrStorage, getpeername, getsockopt, sockopt,
+    AddressFamily, SockType, SockaddrLike, SockaddrStorage, getpeername, getsockname, getsockopt,
+    sockopt,
 };
 
 use crate::config::SocketOptions;
 use crate::error::{Error, Kind, Result};
-use crate::socket::{adopt, family, reset};
+use crate::socket::{adopt, reset};
 
 /// Checks that the descriptors options name are open, before the program opens any of its own:
 /// a number that is not open would come to mean one of those.
@@ -105,7 +106,8 @@ fn check_stream(option: &str, fd: RawFd, socket: &OwnedFd) -> Result<()> {
         Err(Errno::ENOTSOCK) => return Err(wrong(option, fd, "is not a socket")),
         Err(errno) => return Err(unusable(option, fd, errno)),
     }
-    match family(socket) {
+    let name = getsockname::<SockaddrStorage>(socket.as_raw_fd()).ok();
+    match name.and_then(|name| name.family()) {
         Some(AddressFamily::Inet | AddressFamily::Inet6 | AddressFamily::Unix) => Ok(()),
         _ => Err(wrong(option, fd, "is neither a TCP nor a unix-domain socket")),
     }

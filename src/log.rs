@@ -49,26 +49,22 @@ pub fn is_read() -> bool {
 
 /// Writes `text`, the last line; returns when it is written, or after [`LAST_LINES`].
 pub fn say_last(text: String) {
-    let (writing, written) = channel::<()>();
     let line = text.clone();
-    let writer = move || {
-        write_line(&line);
-        drop(writing);
-    };
-    match thread::Builder::new().name("last line".into()).spawn(writer) {
-        Ok(_) => drop(written.recv_timeout(LAST_LINES)),
-        Err(_) => say(&text),
+    if bounded(move || write_line(&line)).is_err() {
+        say(&text);
     }
 }
 
-/// What comes of `write`, which may wait for a reader; `None`: it still does after [`LAST_LINES`],
-/// or there can be no thread for it.
-pub fn bounded<T: Send + 'static>(write: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+/// What comes of `write`, which may wait for a reader; `None`: it still does after [`LAST_LINES`].
+/// Fails if there can be no thread for it.
+pub fn bounded<T: Send + 'static>(
+    write: impl FnOnce() -> T + Send + 'static,
+) -> std::io::Result<Option<T>> {
     let (writing, written) = channel();
     // Nobody may wait for it any more.
     let writer = move || drop(writing.send(write()));
-    thread::Builder::new().name("writer".into()).spawn(writer).ok()?;
-    written.recv_timeout(LAST_LINES).ok()
+    thread::Builder::new().name("last line".into()).spawn(writer)?;
+    Ok(written.recv_timeout(LAST_LINES).ok())
 }
 
 /// A standard error that is gone is nothing to end a connection for, let alone to panic.

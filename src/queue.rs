@@ -36,9 +36,7 @@ impl Queue {
                 }
                 Err(Errno::EAGAIN) => self.left = 0,
                 Err(Errno::EINTR | Errno::ECONNABORTED) => {}
-                Err(errno @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)) => {
-                    return Err(errno);
-                }
+                Err(errno) if sys::is_shortage(errno) => return Err(errno),
                 // It is no listening socket any more: whoever else has it has shut it down.
                 Err(_) => self.left = 0,
             }
@@ -111,6 +109,17 @@ mod tests {
         assert!(queue.take().expect("accept").is_none());
         assert!(listener.accept().is_ok(), "the late one is still there");
         drop((early, late));
+    }
+
+    #[test]
+    fn a_queue_whose_socket_listens_no_more_is_empty() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let mut queue = Queue::new(listener.try_clone().expect("dup").into()).expect("a queue");
+        queue.left = 1;
+        let how = nix::sys::socket::Shutdown::Both;
+        nix::sys::socket::shutdown(listener.as_raw_fd(), how).expect("shut down");
+        assert!(queue.take().expect("no error that lasts").is_none());
+        assert_eq!(queue.left, 0);
     }
 
     #[test]

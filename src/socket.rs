@@ -4,13 +4,11 @@
 //! listening socket is prepared instead of each of its connections.
 
 use std::fs::read_to_string;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::{
-    AddressFamily, SockaddrLike, SockaddrStorage, getsockname, setsockopt, sockopt,
-};
+use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::config::{Keepalive, SocketOptions};
 use crate::sys;
@@ -54,10 +52,10 @@ pub fn adopt(socket: &OwnedFd, options: &SocketOptions) {
         let _ = sys::set_option(socket, level, name, value);
     }
     sys::empty_error_queue(socket);
-    if family(socket) == Some(AddressFamily::Unix) {
-        let _ = setsockopt(socket, sockopt::OobInline, &true);
-    } else {
+    if sys::is_inet(socket) {
         let _ = prepare(socket, options);
+    } else {
+        let _ = setsockopt(socket, sockopt::OobInline, &true);
     }
 }
 
@@ -72,11 +70,6 @@ const NEUTRAL: [(i32, i32, i32); 6] = [
     (libc::IPPROTO_IP, libc::IP_RECVERR, 0),
     (libc::IPPROTO_IPV6, libc::IPV6_RECVERR, 0),
 ];
-
-/// What kind of address a socket has.
-pub fn family(socket: &OwnedFd) -> Option<AddressFamily> {
-    getsockname::<SockaddrStorage>(socket.as_raw_fd()).ok()?.family()
-}
 
 #[cfg(test)]
 mod tests {

@@ -38,6 +38,11 @@ pub(crate) fn close_inherited(fd: RawFd) -> Result<(), Errno> {
     }
 }
 
+/// Whether the system has run out of something, and may have it again later.
+pub(crate) fn is_shortage(errno: Errno) -> bool {
+    matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)
+}
+
 /// Owns a descriptor that a system call has just returned. EBADF if it is negative.
 pub(crate) fn own(fd: RawFd) -> Result<OwnedFd, Errno> {
     if fd < 0 {
@@ -142,19 +147,23 @@ pub(crate) fn set_option(
     Errno::result(unsafe { libc::setsockopt(fd, level, name, place, length) }).map(drop)
 }
 
+/// Whether it is a socket for internet addresses.
+pub(crate) fn is_inet(socket: impl AsFd) -> bool {
+    let mut family: libc::c_int = 0;
+    let asked = socket_option(socket.as_fd().as_raw_fd(), libc::SO_DOMAIN, &mut family);
+    asked.is_ok() && [libc::AF_INET, libc::AF_INET6].contains(&family)
+}
+
 /// Throws away what waits in the socket's error queue, which makes it look as if it had failed.
 /// Whether there was something.
 pub(crate) fn empty_error_queue(socket: impl AsFd) -> bool {
-    let socket = socket.as_fd().as_raw_fd();
-    let mut family: libc::c_int = 0;
-    let asked = socket_option(socket, libc::SO_DOMAIN, &mut family);
-    if asked.is_err() || ![libc::AF_INET, libc::AF_INET6].contains(&family) {
+    if !is_inet(&socket) {
         // Others have none, and give their bytes instead (tests/kernel/endings.rs).
         return false;
     }
     let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
     let mut had_any = false;
-    while recv(socket, &mut [0], flags).is_ok() {
+    while recv(socket.as_fd().as_raw_fd(), &mut [0], flags).is_ok() {
         had_any = true;
     }
     had_any

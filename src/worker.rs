@@ -15,6 +15,7 @@ use crate::engine::{Engine, Outcome, Sleep, Token};
 use crate::flow::{Action, End, Event, Flow, Op, Side};
 use crate::log::Log;
 use crate::stats::Stats;
+use crate::sys::is_shortage;
 
 mod accepting;
 mod clock;
@@ -130,7 +131,7 @@ impl<E: Engine> Worker<E> {
             Some(target) => (Flow::connected(transfer, grace_ms), target),
             None => match self.engine.target_socket() {
                 Ok(socket) => (Flow::connecting(transfer, grace_ms), socket),
-                Err(errno @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)) => {
+                Err(errno) if is_shortage(errno) => {
                     let text = || format!("clients wait: {errno:?}: {}", errno.desc());
                     self.log.failure("clients wait", text);
                     self.waiting.push_back(client);

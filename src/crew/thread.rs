@@ -18,7 +18,7 @@ use crate::log::Log;
 use crate::netns;
 use crate::pace::Pace;
 use crate::queue;
-use crate::sys::{SharedCounters, set_nonblocking};
+use crate::sys::{SharedCounters, is_shortage, set_nonblocking};
 use crate::worker::Worker;
 
 /// A worker thread, seen from inside: the worker and its channels.
@@ -106,7 +106,7 @@ impl<E: Start> Thread<E> {
         let client = set_nonblocking(&listener).and_then(|()| queue::accept(&listener));
         match client {
             Ok(client) => self.worker.add(client),
-            Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {
+            Err(errno) if is_shortage(errno) => {
                 self.worker.pause();
                 self.leaving = Some(listener);
                 return;
