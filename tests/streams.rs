@@ -101,6 +101,36 @@ fn exchange(client: &TcpStream, up: u64, down: u64, len: u64, server: &TcpStream
     });
 }
 
+/// Several do not; README.md says who needs it.
+#[test]
+fn one_worker_keeps_the_order_of_connections() {
+    for handoff in ["socket", "connections"] {
+        namespaces!(clients, targets);
+        let listener = targets.listen("127.0.0.1:0");
+        let forwarder = Launch::nsplice()
+            .option("--workers", "1")
+            .option("--handoff", handoff)
+            .listen_netns(&clients)
+            .connect_netns(&targets)
+            .listen((IPV4, 0))
+            .connect(listener.local_addr().unwrap())
+            .start();
+        let address = forwarder.address();
+        for _ in 0..20 {
+            let made: Vec<_> = clients.enter(|| (0..20).map(|_| connect(address)).collect());
+            for (number, mut client) in made.iter().enumerate() {
+                client.write_all(&[number as u8]).unwrap();
+            }
+            for number in 0..made.len() {
+                let mut first = [0];
+                accept(&listener).read_exact(&mut first).unwrap();
+                assert_eq!(usize::from(first[0]), number, "--handoff {handoff}");
+            }
+        }
+        forwarder.stop();
+    }
+}
+
 #[test]
 fn auto_splices_bulk_transfers() {
     namespaces!(clients, targets);
