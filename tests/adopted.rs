@@ -11,8 +11,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
+use support::calls::{SIOCATMARK, int_ioctl, set_option};
 use support::streams::{accept, bounded, connect};
 use support::{Forwarder, Launch, Netns, PATIENCE, TempDir, eventually, namespaces};
 
@@ -72,24 +72,14 @@ fn say(mut stream: &TcpStream) {
 /// Reads that; a read stops before the urgent byte.
 fn assert_said(mut stream: &TcpStream, case: &str) {
     setsockopt(stream, sockopt::OobInline, &true).unwrap();
-    eventually("all is there", || (ask(stream, libc::FIONREAD) == 10).then_some(()));
+    eventually("all is there", || (int_ioctl(stream, libc::FIONREAD) == Ok(10)).then_some(()));
     let mut before = [0; 5];
     stream.read_exact(&mut before).unwrap();
     assert_eq!(before, *b"12345", "{case}");
-    assert_eq!(ask(stream, SIOCATMARK), 1, "{case}: no mark after 5 bytes");
+    assert_eq!(int_ioctl(stream, SIOCATMARK), Ok(1), "{case}: no mark after 5 bytes");
     let mut rest = [0; 5];
     stream.read_exact(&mut rest).unwrap();
     assert_eq!(rest, *b"U6789", "{case}");
-}
-
-const SIOCATMARK: libc::Ioctl = 0x8905;
-
-fn ask(stream: &TcpStream, request: libc::Ioctl) -> libc::c_int {
-    let mut answer: libc::c_int = 0;
-    // SAFETY: both requests write an int, to a variable that outlives the call.
-    let result = unsafe { libc::ioctl(stream.as_raw_fd(), request, &raw mut answer) };
-    Errno::result(result).unwrap();
-    answer
 }
 
 #[test]
@@ -112,7 +102,7 @@ fn what_the_other_program_asked_for_is_not_noticed() {
         for (name, level, option, value) in OPTIONS {
             namespaces!(targets);
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            set(&listener, level, option, value);
+            set_option(&listener, level, option, value).unwrap();
             let stage = Stage::new(handoff, &listener, &targets, |_| {});
             for ((client, server), when) in stage.connections.iter().zip(["early", "late"]) {
                 converse(client, server, &format!("{handoff}, {name}, {when}"));
@@ -230,14 +220,6 @@ fn what_unix_domain_clients_said_before_they_went_is_forwarded() {
     }
 }
 
-fn set(socket: &impl AsRawFd, level: i32, option: i32, value: i32) {
-    let length = size_of::<i32>() as libc::socklen_t;
-    let (fd, place) = (socket.as_raw_fd(), (&raw const value).cast());
-    // SAFETY: the value lives until the call returns, and its length is its own.
-    let result = unsafe { libc::setsockopt(fd, level, option, place, length) };
-    Errno::result(result).unwrap();
-}
-
 /// The error queue looks like a failure to who asks for no more than that.
 #[test]
 fn a_full_error_queue_is_no_failure_and_no_work() {
@@ -247,7 +229,7 @@ fn a_full_error_queue_is_no_failure_and_no_work() {
     let client = connect(listener.local_addr().unwrap());
     let given = bounded(listener.accept().unwrap().0);
     // Told of in the queue of the socket that is given to nsplice.
-    set(&given, libc::SOL_SOCKET, libc::SO_TIMESTAMPING, 1 << 1 | 1 << 4);
+    set_option(&given, libc::SOL_SOCKET, libc::SO_TIMESTAMPING, 1 << 1 | 1 << 4).unwrap();
     (&given).write_all(b"before").unwrap();
     let forwarder = Launch::nsplice()
         .option("--summary", "json")

@@ -157,9 +157,7 @@ fn calls_of_a_busy_worker(
     let busy = busy.as_mut().unwrap();
     // A socket for the target is made by a call of its own: all of them are there by then.
     eventually("all connections are open", || {
-        let sockets = forwarder.connector().fds();
-        let open = sockets.iter().filter(|fd| fd.starts_with("socket:")).count();
-        (open >= 2 * 64).then_some(())
+        (forwarder.connector().count_fds("socket") >= 2 * 64).then_some(())
     });
     let mut calls = BTreeMap::new();
     // Mostly the first is long enough for thousands of messages; not on a busy machine.

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -217,10 +217,8 @@ fn clients_who_are_on_their_way_to_a_worker_at_the_end_are_cut_too() {
             stage.wait_until_closed();
         }
         let is_over = || {
-            let listener = &stage.forwarder.listener;
             // It waits for the connector, and for nothing else but signals.
-            (listener.fds().iter().filter(|fd| fd.starts_with("socket:")).count() == 0)
-                .then_some(())
+            (stage.forwarder.listener.count_fds("socket") == 0).then_some(())
         };
         eventually("the time is over", is_over);
         connector.signal(Signal::SIGCONT);
@@ -237,10 +235,7 @@ fn clients_who_are_on_their_way_are_reset_without_time_to_drain_too() {
         namespaces!(clients, targets);
         let stage =
             Stage::with(clients, &targets, handoff, |launch| launch.option("--workers", "1"));
-        let sockets = || {
-            let fds = stage.forwarder.listener.fds();
-            fds.iter().filter(|fd| fd.starts_with("socket:")).count()
-        };
+        let sockets = || stage.forwarder.listener.count_fds("socket");
         let idle = sockets();
         let connector = stage.forwarder.connector();
         connector.stop();
@@ -407,5 +402,25 @@ fn the_connector_drains_without_its_listener() {
         let exit = stage.forwarder.finish();
         assert_eq!(exit.stderr, "Error: the listener process died\n", "--handoff {handoff}");
         assert_eq!(exit.summary()["completed"], 1, "--handoff {handoff}: {exit:?}");
+    }
+}
+
+/// What is left of the time is what is left of it.
+#[test]
+fn a_listener_that_is_killed_while_it_drains_does_not_begin_the_time_anew() {
+    const DRAIN: Duration = Duration::from_secs(2);
+    for handoff in HANDOFFS {
+        namespaces!(clients, targets);
+        let stage = Stage::new(clients, &targets, handoff, "2");
+        let (mut client, _server) = stage.connection();
+        let began = Instant::now();
+        stage.signal(To::Listener);
+        stage.wait_until_closed();
+        thread::sleep(DRAIN * 3 / 4);
+        stage.forwarder.listener.signal(Signal::SIGKILL);
+        assert_reset(&mut client);
+        let taken = began.elapsed();
+        assert!(taken < DRAIN * 3 / 2, "--handoff {handoff}: {taken:?}");
+        stage.forwarder.finish();
     }
 }

@@ -391,7 +391,7 @@ fn a_new_namespaces_socket_waits_for_descriptors() {
     let named = Named::new(clients, targets);
     let forwarder = named.launch("reopen", "socket").start();
     let (address, connector) = (forwarder.address(), forwarder.connector());
-    let sockets = || connector.fds().iter().filter(|fd| fd.starts_with("socket:")).count();
+    let sockets = || connector.count_fds("socket");
     let before = sockets();
     assert_reaches(&forwarder, &named.clients, &named.server);
     eventually("that connection is closed", || (sockets() == before).then_some(()));

@@ -11,6 +11,7 @@ use nix::sys::socket::{MsgFlags, getsockopt, recv, sockopt};
 
 use super::{connection, events, fill_up, not_acknowledged, not_yet_sent, pipe, reset};
 use super::{reset_by_peer, splice, wait_for, wait_for_bytes};
+use crate::support::calls::set_option;
 use crate::support::eventually;
 
 const HUP: PollFlags = PollFlags::POLLHUP;
@@ -138,13 +139,7 @@ fn a_reset_by_connect_is_told_until_both_streams_have_ended() {
 fn what_is_in_the_error_queue_looks_like_a_failure_and_is_none() {
     let (near, mut far) = connection();
     // Of what is sent, by software.
-    let both: libc::c_int = 1 << 1 | 1 << 4;
-    let length = size_of::<libc::c_int>() as libc::socklen_t;
-    let (level, name) = (libc::SOL_SOCKET, libc::SO_TIMESTAMPING);
-    let place = (&raw const both).cast();
-    // SAFETY: the value lives until the call returns, and its length is its own.
-    let result = unsafe { libc::setsockopt(near.as_raw_fd(), level, name, place, length) };
-    Errno::result(result).unwrap();
+    set_option(&near, libc::SOL_SOCKET, libc::SO_TIMESTAMPING, 1 << 1 | 1 << 4).unwrap();
     (&near).write_all(b"x").unwrap();
     far.read_exact(&mut [0]).unwrap();
     let events = wait_for(&near, PollFlags::empty());

@@ -28,6 +28,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::support::PATIENCE;
+use crate::support::calls::{SIOCATMARK, int_ioctl};
 
 /// Two ends of a TCP connection: the near one as nsplice has its sockets, not blocking, and the
 /// one of its peer.
@@ -133,7 +134,6 @@ fn reset(socket: &impl AsFd) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
-const SIOCATMARK: libc::Ioctl = 0x8905;
 const SIOCOUTQ: libc::Ioctl = libc::TIOCOUTQ;
 const SIOCOUTQNSD: libc::Ioctl = 0x894b;
 
@@ -147,13 +147,6 @@ fn not_acknowledged(socket: &impl AsFd) -> i32 {
 
 fn not_yet_sent(socket: &impl AsFd) -> i32 {
     int_ioctl(socket, SIOCOUTQNSD).unwrap()
-}
-
-fn int_ioctl(fd: &impl AsFd, request: libc::Ioctl) -> Result<i32, Errno> {
-    let mut value: libc::c_int = 0;
-    // SAFETY: each request used here writes one int, to a variable that outlives the call.
-    let result = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request, &raw mut value) };
-    Errno::result(result).map(|_| value)
 }
 
 /// A pipe as nsplice has it: read end, write end.

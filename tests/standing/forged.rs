@@ -10,6 +10,7 @@ use nix::sys::socket::{
 };
 
 use crate::support::Netns;
+use crate::support::calls::set_option;
 
 const URG_PSH_ACK: u8 = 0x38;
 /// From `linux/tcp.h`: which queue's next sequence number TCP_QUEUE_SEQ is, and the end of a repair
@@ -66,11 +67,7 @@ fn checksum(from: Ipv4Addr, to: Ipv4Addr, segment: &[u8]) -> u16 {
 }
 
 fn set(stream: &TcpStream, option: libc::c_int, value: libc::c_int) {
-    let length = size_of::<libc::c_int>() as libc::socklen_t;
-    let (fd, place) = (stream.as_raw_fd(), (&raw const value).cast());
-    // SAFETY: the value lives until the call returns, and its length is its own.
-    let result = unsafe { libc::setsockopt(fd, libc::IPPROTO_TCP, option, place, length) };
-    Errno::result(result).unwrap();
+    set_option(stream, libc::IPPROTO_TCP, option, value).unwrap();
 }
 
 fn get(stream: &TcpStream, option: libc::c_int) -> u32 {

@@ -82,16 +82,15 @@ fn clients_who_cannot_be_sent_to_a_worker_now_are_sent_later() {
     };
     let running: Vec<_> = (0..PROGRAMS).map(|_| start()).collect();
     let sockets =
-        |process: Process| process.fds().iter().filter(|fd| fd.starts_with("socket:")).count();
-    let before: usize = running.iter().map(|forwarder| sockets(forwarder.listener)).sum();
+        || running.iter().map(|forwarder| forwarder.listener.count_fds("socket")).sum::<usize>();
+    let before = sockets();
     running.iter().for_each(|forwarder| forwarder.connector().stop());
     let mut all: Vec<_> = running
         .iter()
         .flat_map(|forwarder| clients_of(&both, forwarder.address(), CLIENTS))
         .collect();
     // What is sent is closed here, at once if it can be sent.
-    let left =
-        || running.iter().map(|forwarder| sockets(forwarder.listener)).sum::<usize>() - before;
+    let left = || sockets() - before;
     let mut looks = 0;
     eventually("some cannot be handed over", || {
         looks = if left() > 0 { looks + 1 } else { 0 };

@@ -31,6 +31,7 @@ macro_rules! namespaces {
 }
 pub(crate) use namespaces;
 
+pub mod calls;
 pub mod engine;
 pub mod exchanges;
 pub mod forwarder;

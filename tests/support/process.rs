@@ -75,6 +75,12 @@ impl Process {
             .collect()
     }
 
+    /// How many of them are of this kind, such as `socket` or `pipe`.
+    pub fn count_fds(&self, kind: &str) -> usize {
+        let is_one = |target: &String| target.split(':').next() == Some(kind);
+        self.fds().iter().filter(|target| is_one(target)).count()
+    }
+
     /// Sets its soft limit of descriptors; returns the one it had.
     pub fn limit_descriptors(&self, limit: u64) -> u64 {
         let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };

@@ -15,6 +15,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 
+use crate::support::calls::{SIOCATMARK, int_ioctl};
 use crate::support::streams::Pattern;
 
 /// A wait as long as this is noted, where a script has none of its own. Without anything in between
@@ -431,24 +432,20 @@ pub fn both(first: impl FnOnce(), second: impl FnOnce() + Send) {
 }
 
 fn is_at_mark(stream: &TcpStream) -> bool {
-    const SIOCATMARK: libc::Ioctl = 0x8905;
-    int_ioctl(stream, SIOCATMARK) != 0
+    ask(stream, SIOCATMARK) != 0
 }
 
 /// What SIOCOUTQ tells.
 fn unsent_bytes(stream: &TcpStream) -> u64 {
-    int_ioctl(stream, libc::TIOCOUTQ) as u64
+    ask(stream, libc::TIOCOUTQ) as u64
 }
 
 /// What SIOCINQ tells.
 fn unread_bytes(stream: &TcpStream) -> u64 {
-    int_ioctl(stream, libc::FIONREAD) as u64
+    ask(stream, libc::FIONREAD) as u64
 }
 
-fn int_ioctl(stream: &TcpStream, request: libc::Ioctl) -> libc::c_int {
-    let mut value: libc::c_int = 0;
-    // SAFETY: all three requests write one int, to a variable that outlives the call.
-    let result = unsafe { libc::ioctl(stream.as_raw_fd(), request, &raw mut value) };
+fn ask(stream: &TcpStream, request: libc::Ioctl) -> libc::c_int {
     // A socket that was reset has nothing in either queue.
-    if result < 0 { 0 } else { value }
+    int_ioctl(stream, request).unwrap_or(0)
 }

@@ -110,10 +110,7 @@ fn stop_reading(
     let processes = forwarder.processes();
     let rss_bytes = || processes.iter().map(Process::rss_bytes).sum::<u64>();
     let idle_bytes = rss_bytes();
-    let pipe_ends = || {
-        let targets = processes.iter().flat_map(Process::fds);
-        targets.filter(|target| target.starts_with("pipe:")).count()
-    };
+    let pipe_ends = || processes.iter().map(|process| process.count_fds("pipe")).sum::<usize>();
     let idle_pipe_ends = pipe_ends();
     let mut open = Vec::new();
     for number in 0..CONNECTIONS {
@@ -142,7 +139,7 @@ fn stop_reading(
         }
         open.push(reader);
     }
-    let ticks = || processes.iter().map(ticks_of).sum::<u64>();
+    let ticks = || processes.iter().map(Process::cpu_ticks).sum::<u64>();
     let ticks_before = ticks();
     std::thread::sleep(WATCHED);
     let (taken, grown) = (ticks() - ticks_before, rss_bytes().saturating_sub(idle_bytes));
@@ -167,13 +164,4 @@ fn send_until_blocked(mut stream: &TcpStream) -> usize {
     }
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
     sent
-}
-
-/// Processor time a process has taken, in ticks of 10 ms.
-fn ticks_of(process: &Process) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{}/stat", process.pid)).unwrap();
-    let (_, fields) = text.rsplit_once(')').unwrap();
-    let fields: Vec<_> = fields.split_whitespace().collect();
-    // Fields 14 and 15 of the whole line.
-    fields[11..13].iter().map(|field| field.parse::<u64>().unwrap()).sum()
 }
