@@ -2,6 +2,7 @@
 //! gives them what the listener hands over, and adds up what they did.
 
 use std::io::Write;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sched::{CpuSet, sched_getaffinity};
@@ -19,6 +20,7 @@ use crate::handoff::Channel;
 use crate::limits::Limits;
 use crate::log::{self, Log};
 use crate::netns::{self, Follower};
+use crate::pace::Home;
 use crate::process::ConnectPart;
 use crate::stats::Summary;
 use crate::sys::SharedCounters;
@@ -114,9 +116,10 @@ fn serve(part: Part, log: Log) -> Result<u8> {
     };
     let mut connected = connected;
     let mut handoff = part.handoff.into_iter();
+    let cpus: Arc<[usize]> = part.cpus.as_slice().into();
     let shares = part.cpus.iter().zip(&part.limits.connections);
     let seeds = shares.map(|(&cpu, &max_connections)| Seed {
-        cpu: config.pin.then_some(cpu),
+        home: config.pin.then(|| Home { cpu, all: Arc::clone(&cpus) }),
         setup: setup.clone(),
         settings: Settings { max_connections, ..settings.clone() },
         log: log.clone(),

@@ -15,6 +15,7 @@ use crate::flow::End;
 use crate::handoff::Channel;
 use crate::log::Log;
 use crate::netns::OpenNetns;
+use crate::pace::Home;
 use crate::queue::Queues;
 use crate::stats::Stats;
 use crate::sys::SharedCounters;
@@ -26,8 +27,8 @@ const LOW_LIMIT: &str = "RLIMIT_NOFILE is too low";
 
 /// What a worker thread starts with.
 pub struct Seed {
-    /// The CPU to stay on.
-    pub cpu: Option<usize>,
+    /// The CPU to be pinned to.
+    pub home: Option<Home>,
     /// What its engine is to do. No target: see `connected`.
     pub setup: Setup,
     /// What to do with connections.

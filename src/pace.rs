@@ -1,11 +1,21 @@
-//! Whether a worker interrupts others when there is work for it.
+//! When a worker interrupts others, and where it runs.
 //!
 //! A worker that is woken for each message interrupts whoever runs on its CPU, often the very
 //! client or server it forwards for, and finds little to do. That is right for a single message,
 //! which is to arrive at once. A worker with a lot to do forwards more, with less CPU, when those
 //! finish first what they are at: so it asks the scheduler for that while its turns are full, and
 //! only then, because it costs a worker beside busy programs milliseconds to be woken so.
+//!
+//! A worker is pinned to a CPU of its own: many short messages cost less so. Bulk keeps client and
+//! server busy too, and goes best where the scheduler has spread all of them: so while a worker
+//! moves bulk it may run on the CPUs of the other workers, too.
 //! ARCHITECTURE.md has the figures.
+
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 
 use crate::stats::Stats;
 use crate::sys;
@@ -13,46 +23,88 @@ use crate::sys;
 /// Receives and sends that make a turn a full one; a fill or a drain does too.
 const FULL_TURN_COPIES: u64 = 4;
 
-/// Full turns more than others, or the reverse, before the worker changes its mind. So it calls
-/// the kernel for that once in as many turns at most.
+/// Turns of one kind more than of the other before the worker changes its mind. So it calls the
+/// kernel for that once in as many turns at most.
 const TURNS_TO_CHANGE: u32 = 128;
 
+/// The CPUs of a pinned worker.
+#[derive(Clone, Debug)]
+pub struct Home {
+    /// Where it runs.
+    pub cpu: usize,
+    /// Where it may run while it moves bulk: where the workers are.
+    pub all: Arc<[usize]>,
+}
+
+impl Home {
+    /// Has the calling thread run on its own CPU, or on any. Errors as sched_setaffinity(2).
+    pub fn confine(&self, is_free: bool) -> Result<(), Errno> {
+        let mut set = CpuSet::new();
+        for &cpu in if is_free { &*self.all } else { std::slice::from_ref(&self.cpu) } {
+            set.set(cpu)?;
+        }
+        sched_setaffinity(Pid::from_raw(0), &set)
+    }
+}
+
 /// What the turns of a worker were like.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Pace {
+    home: Option<Home>,
     copies: u64,
     splices: u64,
-    /// Full turns more than others, between 0 and [`TURNS_TO_CHANGE`].
-    full: u32,
-    is_patient: bool,
+    full: Mostly,
+    bulk: Mostly,
 }
 
 impl Pace {
+    /// Of a worker that has `home` to itself, or runs wherever the scheduler puts it.
+    pub fn new(home: Option<Home>) -> Self {
+        Self { home, copies: 0, splices: 0, full: Mostly::default(), bulk: Mostly::default() }
+    }
+
     /// Takes note of a turn of the calling thread's worker, whose counters are `stats` now.
     pub fn turned(&mut self, stats: &Stats) {
-        let was_patient = self.is_patient;
-        if self.judge(stats) != was_patient {
-            // Refused (by a seccomp filter): the worker goes on as it is.
-            let _ = sys::set_interrupting(was_patient);
+        let was = (self.full.is, self.bulk.is);
+        self.judge(stats);
+        // Refused (by a seccomp filter, or because CPUs were taken away): the worker goes on as it
+        // is.
+        if self.full.is != was.0 {
+            let _ = sys::set_interrupting(!self.full.is);
+        }
+        if self.bulk.is != was.1
+            && let Some(home) = &self.home
+        {
+            let _ = home.confine(self.bulk.is);
         }
     }
 
-    /// Whether the worker is to be patient from now on.
-    fn judge(&mut self, stats: &Stats) -> bool {
-        let is_full = stats.splice_operations > self.splices
-            || stats.copy_operations >= self.copies + FULL_TURN_COPIES;
+    fn judge(&mut self, stats: &Stats) {
+        let is_bulk = stats.splice_operations > self.splices;
+        let is_full = is_bulk || stats.copy_operations >= self.copies + FULL_TURN_COPIES;
         (self.copies, self.splices) = (stats.copy_operations, stats.splice_operations);
-        self.full = if is_full {
-            (self.full + 1).min(TURNS_TO_CHANGE)
-        } else {
-            self.full.saturating_sub(1)
-        };
-        self.is_patient = match self.full {
+        self.full.note(is_full);
+        self.bulk.note(is_bulk);
+    }
+}
+
+/// What most turns were like lately.
+#[derive(Debug, Default)]
+struct Mostly {
+    is: bool,
+    /// Turns that were so more than others, between 0 and [`TURNS_TO_CHANGE`].
+    lead: u32,
+}
+
+impl Mostly {
+    fn note(&mut self, is: bool) {
+        self.lead =
+            if is { (self.lead + 1).min(TURNS_TO_CHANGE) } else { self.lead.saturating_sub(1) };
+        self.is = match self.lead {
             0 => false,
             TURNS_TO_CHANGE => true,
-            _ => self.is_patient,
+            _ => self.is,
         };
-        self.is_patient
     }
 }
 
@@ -61,23 +113,27 @@ mod tests {
     use super::*;
 
     /// Lets the pace judge `turns` turns, each with so many receives and sends, and splices.
-    fn judge(pace: &mut Pace, stats: &mut Stats, turns: u32, copies: u64, splices: u64) -> bool {
-        for _ in 0..turns {
-            stats.copy_operations += copies;
-            stats.splice_operations += splices;
-            pace.judge(stats);
+    /// Returns whether turns are full now, and whether they move bulk.
+    fn judge(turns: u32, copies: u64, splices: u64) -> impl Fn(&mut (Pace, Stats)) -> (bool, bool) {
+        move |(pace, stats)| {
+            for _ in 0..turns {
+                stats.copy_operations += copies;
+                stats.splice_operations += splices;
+                pace.judge(stats);
+            }
+            (pace.full.is, pace.bulk.is)
         }
-        pace.is_patient
     }
 
     #[test]
-    fn a_worker_is_patient_while_its_turns_are_full() {
-        let (pace, stats) = (&mut Pace::default(), &mut Stats::default());
-        assert!(!judge(pace, stats, 1000, 3, 0), "a few messages a turn");
-        assert!(!judge(pace, stats, 127, 4, 0), "not for long yet");
-        assert!(judge(pace, stats, 1, 4, 0), "many messages a turn");
-        assert!(judge(pace, stats, 127, 0, 0), "a short lull");
-        assert!(!judge(pace, stats, 1, 0, 0), "nothing to do");
-        assert!(judge(pace, stats, 128, 0, 1), "bulk");
+    fn turns_are_judged_by_what_most_were_like() {
+        let worker = &mut (Pace::new(None), Stats::default());
+        assert_eq!(judge(1000, 3, 0)(worker), (false, false), "a few messages a turn");
+        assert_eq!(judge(127, 4, 0)(worker), (false, false), "not for long yet");
+        assert_eq!(judge(1, 4, 0)(worker), (true, false), "many messages a turn");
+        assert_eq!(judge(127, 0, 0)(worker), (true, false), "a short lull");
+        assert_eq!(judge(1, 0, 0)(worker), (false, false), "nothing to do");
+        assert_eq!(judge(128, 0, 1)(worker), (true, true), "bulk");
+        assert_eq!(judge(128, 4, 0)(worker), (true, false), "many messages after it");
     }
 }

@@ -318,6 +318,33 @@ fn a_worker_with_many_messages_a_turn_does_not_interrupt_others() {
 }
 
 #[test]
+fn a_worker_leaves_its_cpu_only_while_it_moves_bulk() {
+    let all = Process::of(std::process::id() as i32).unwrap().cpus();
+    let [first, second, ..] = all[..] else { skip!("one CPU") };
+    namespaces!(clients, targets);
+    let server = Server::start(&targets, "echo", "64");
+    let cpus = format!("{first},{second}");
+    for (options, bulk, messages) in [
+        (vec!["--cpus", &cpus[..]], vec![first, second], vec![first]),
+        (vec!["--cpus", &second.to_string()[..]], vec![second], vec![second]),
+        (vec!["--no-pin"], all.clone(), all.clone()),
+    ] {
+        let launch = options.into_iter().fold(Launch::nsplice(), Launch::flag);
+        let forwarder = forwarder(launch, &clients, &targets, &server);
+        let worker = forwarder.connector().thread("worker-0").expect("there is a worker");
+        for (size, connections, cpus) in [("1048576", "8", bulk), ("64", "16", messages)] {
+            let load = ["--work", "rr", "--size", size, "--connections", connections];
+            let mut busy = client_for("60", &clients, &forwarder, &load);
+            let mut busy = busy.stdout(Stdio::null()).spawn().unwrap();
+            eventually("it is where it should be", || (worker.cpus() == cpus).then_some(()));
+            busy.kill().unwrap();
+            busy.wait().unwrap();
+        }
+        forwarder.stop().assert_clean();
+    }
+}
+
+#[test]
 fn an_idle_connection_takes_two_descriptors() {
     const CONNECTIONS: usize = 50;
     for handoff in ["socket", "connections"] {

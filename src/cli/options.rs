@@ -218,7 +218,8 @@ const FORWARDING: &[Opt] = &[
         short: None,
         long: "--no-pin",
         value: None,
-        help: "Let workers move between CPUs",
+        help: "Let workers run on any CPU; otherwise each keeps to its own while it does not \
+               move bulk",
         default: None,
     },
     Opt {

@@ -7,8 +7,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::Receiver;
 
 use nix::errno::Errno;
-use nix::sched::{CpuSet, sched_setaffinity};
-use nix::unistd::Pid;
 
 use super::{Command, Ended, Report, Reporter, Seed};
 use crate::engine::{Sleep, Start, Token};
@@ -16,7 +14,7 @@ use crate::error::{Error, Kind, Result};
 use crate::handoff::{Channel, Message};
 use crate::log::Log;
 use crate::netns;
-use crate::pace::Pace;
+use crate::pace::{Home, Pace};
 use crate::queue;
 use crate::sys::{SharedCounters, is_shortage, set_nonblocking};
 use crate::worker::Worker;
@@ -51,8 +49,8 @@ impl<E: Start> Thread<E> {
         orders: Receiver<Command>,
         load: Arc<AtomicU32>,
     ) -> Result<Self> {
-        if let Some(cpu) = seed.cpu {
-            pin(cpu)?;
+        if let Some(home) = &seed.home {
+            pin(home)?;
         }
         let engine = E::start(&seed.setup)?;
         let mut worker = Worker::new(engine, seed.settings, seed.log.clone(), seed.connected);
@@ -72,7 +70,7 @@ impl<E: Start> Thread<E> {
             ended_count: 0,
             load,
             load_count: 0,
-            pace: Pace::default(),
+            pace: Pace::new(seed.home),
             log: seed.log,
         })
     }
@@ -209,10 +207,9 @@ impl<E: Start> Thread<E> {
     }
 }
 
-fn pin(cpu: usize) -> Result<()> {
-    let mut set = CpuSet::new();
-    set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)).map_err(|errno| {
-        let what = format!("--cpus: cannot pin a worker to CPU {cpu}");
+fn pin(home: &Home) -> Result<()> {
+    home.confine(false).map_err(|errno| {
+        let what = format!("--cpus: cannot pin a worker to CPU {}", home.cpu);
         Error::system(Kind::Kernel, what, errno, "no such CPU, or not one for this process")
     })
 }

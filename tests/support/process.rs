@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
+use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -146,6 +147,12 @@ impl Process {
     /// How it is scheduled: SCHED_OTHER, SCHED_BATCH, ...
     pub fn scheduling_policy(&self) -> i32 {
         stat(self.pid).and_then(|stat| stat.get(38)?.parse().ok()).unwrap_or(-1)
+    }
+
+    /// The CPUs it may run on.
+    pub fn cpus(&self) -> Vec<usize> {
+        let set = sched_getaffinity(Pid::from_raw(self.pid)).unwrap();
+        (0..CpuSet::count()).filter(|&cpu| set.is_set(cpu).unwrap()).collect()
     }
 
     /// Whether a debugger or strace is attached.
