@@ -3,6 +3,7 @@
 import contextlib
 import os
 import subprocess
+import sys
 
 from . import contenders, programs, works
 from .netns import Netns
@@ -79,6 +80,9 @@ class Bench:
         if work.beside:
             # It outlasts whatever the client may take, and is ended with the round.
             beside = begin(work.beside, self.warmup + self.seconds + 2 * OPENING_S, 0.2)
+        for _ in range(work.busy):
+            program = programs.start([sys.executable, "-c", "while True: pass"])
+            stack.callback(programs.stop, program)
         client = begin(work.client, self.seconds, self.warmup)
         before = Usage(forwarder, server)
         beside_before = beside and so_far(beside, check)

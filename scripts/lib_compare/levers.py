@@ -14,9 +14,12 @@ KIND = "levers"  # of the documents of such results
 OPTIONS = (
     "--workers 1", "--workers 2", "--no-pin", "--transfer copy", "--transfer splice",
     "--pipe-size 64K", "--pipe-size 128K", "--pipe-size 256K", "--pipe-size 1M",
-    "--handoff socket", "--handoff connections",
+    "--handoff socket", "--handoff connections", "--engine epoll", "--engine epoll --workers 1",
 )
 WORKS = "bulk-1 bulk-8 rr-64Bx1 rr-64Bx64 rr-16Kx16 rr-128Kx16 crr-16 rr-64Bx1+bulk".split()
+# What pinning does to a worker that is not alone on the CPUs.
+BUSY_OPTIONS = ("--workers 1", "--no-pin", "--handoff socket")
+BUSY_WORKS = "bulk-8+busy1 rr-64Bx1+busy1 rr-64Bx1+busy2 rr-64Bx64+busy1 crr-16+busy1".split()
 # The same with client and server on CPUs of their own (--pin).
 PINNED_OPTIONS = ("--busy-poll 50", "--workers 1", "--workers 2", "--no-pin")
 PINNED_WORKS = "bulk-1 bulk-8 rr-64Bx1 rr-64Bx64 crr-16".split()
@@ -53,7 +56,10 @@ def options_for(pin):
 
 def plan(pin):
     """Works and who does each, in order."""
-    return {name: ["nsplice", *options_for(pin)] for name in (PINNED_WORKS if pin else WORKS)}
+    made = {name: ["nsplice", *options_for(pin)] for name in (PINNED_WORKS if pin else WORKS)}
+    if not pin:
+        made |= {name: ["nsplice", *map(name_of, BUSY_OPTIONS)] for name in BUSY_WORKS}
+    return made
 
 
 def text(documents):

@@ -7,6 +7,7 @@ crr-16           connect, 64 bytes there and back, close; 16 at a time
 idle-9000        9000 connections that have been answered once and are held
 rr-64Bx1+bulk    beside 8 connections with bulk both ways through the same forwarder (or crr)
 rr-64Bx1+idle9000   beside 9000 idle connections through the same forwarder (or crr)
+bulk-8+busy2     beside 2 programs that use up what they get of the CPUs (any but idle)
 """
 
 import re
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 BESIDE_BYTES = 1 << 20  # of a message of the bulk beside a work
 UNITS = {"B": 1, "K": 1 << 10, "M": 1 << 20}
 GRAMMAR = re.compile(
-    r"(?P<stream>bulk|copied)-(?P<streams>[1-9]\d*)"
+    r"(?!idle.*busy)(?:(?P<stream>bulk|copied)-(?P<streams>[1-9]\d*)"
     r"|idle-(?P<held>[1-9]\d*)"
     r"|(?:rr-(?P<size>[1-9]\d*)(?P<unit>[BKM])x(?P<asked>[1-9]\d*)|crr-(?P<opened>[1-9]\d*))"
-    r"(?:\+(?P<beside>bulk|idle(?P<idle>[1-9]\d*)))?"
+    r"(?:\+(?P<beside>bulk|idle(?P<idle>[1-9]\d*)))?)"
+    r"(?:\+busy(?P<busy>[1-9]\d*))?"
 )
 
 
@@ -32,6 +34,7 @@ class Work:
     client: tuple  # options of nsplice-load client
     beside: tuple  # the same for a second client, or nothing
     idle: int  # connections of that client, if they are idle
+    busy: int  # programs that use the CPUs up meanwhile
     unit: str  # that costs are given for
     figure: str  # the unit of the result
     title: str
@@ -73,8 +76,12 @@ def work(name):
         beside = ("--work", "rr", "--size", str(BESIDE_BYTES), "--connections", "8")
         title += " beside 8 with bulk"
     client = ("--work", kind, "--size", str(size), "--connections", str(connections))
-    idle = int(match["idle"] or 0)
-    return Work(name, kind, connections, size, server, client, beside, idle, unit, figure, title)
+    idle, busy = int(match["idle"] or 0), int(match["busy"] or 0)
+    if busy:
+        title += f" beside {busy} busy program" + ("s" if busy > 1 else "")
+    return Work(
+        name, kind, connections, size, server, client, beside, idle, busy, unit, figure, title
+    )
 
 
 def size_name(size):
