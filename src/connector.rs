@@ -33,8 +33,8 @@ mod serving;
 pub struct Part<'a> {
     /// What was asked for.
     pub config: &'a Config,
-    /// The CPU of each worker.
-    pub cpus: Vec<usize>,
+    /// Where each worker is to run.
+    pub homes: Vec<Option<Home>>,
     /// What each may have.
     pub limits: Limits,
     /// Where connections go to.
@@ -53,10 +53,11 @@ pub struct Part<'a> {
     pub signals: SignalFd,
 }
 
-/// The CPU each worker is to run on. Errors if there is none.
-pub fn worker_cpus(config: &Config, single: bool) -> Result<Vec<usize>> {
-    let cpus = match &config.cpus {
-        Some(cpus) => cpus.clone(),
+/// Where each worker is to run; `None`: wherever the scheduler puts it. Errors if the allowed CPUs
+/// cannot be told.
+pub fn worker_homes(config: &Config, single: bool) -> Result<Vec<Option<Home>>> {
+    let cpus: Arc<[usize]> = match &config.cpus {
+        Some(cpus) => cpus.as_slice().into(),
         None => {
             let allowed = sched_getaffinity(Pid::from_raw(0)).map_err(|errno| {
                 Error::system(Kind::Kernel, "cannot ask for the allowed CPUs", errno, "")
@@ -71,7 +72,10 @@ pub fn worker_cpus(config: &Config, single: bool) -> Result<Vec<usize>> {
         (_, None, Some(_)) => cpus.len(),
         (_, None, None) => Limits::workers(cpus.len()),
     };
-    Ok(cpus.iter().copied().cycle().take(count).collect())
+    // Connections with a process each, as from an inetd, are not to share the first CPU.
+    let is_pinned = config.pin && !(single && config.cpus.is_none());
+    let home = |&cpu: &usize| is_pinned.then(|| Home { cpu, all: Arc::clone(&cpus) });
+    Ok(cpus.iter().cycle().take(count).map(home).collect())
 }
 
 /// Serves until told to stop, or until the only connection is over. Returns the exit status.
@@ -116,10 +120,9 @@ fn serve(part: Part, log: Log) -> Result<u8> {
     };
     let mut connected = connected;
     let mut handoff = part.handoff.into_iter();
-    let cpus: Arc<[usize]> = part.cpus.as_slice().into();
-    let shares = part.cpus.iter().zip(&part.limits.connections);
-    let seeds = shares.map(|(&cpu, &max_connections)| Seed {
-        home: config.pin.then(|| Home { cpu, all: Arc::clone(&cpus) }),
+    let shares = part.homes.into_iter().zip(&part.limits.connections);
+    let seeds = shares.map(|(home, &max_connections)| Seed {
+        home,
         setup: setup.clone(),
         settings: Settings { max_connections, ..settings.clone() },
         log: log.clone(),
@@ -175,5 +178,32 @@ fn is_to_use_uring(wanted: Engine, log: &Log) -> Result<bool> {
             Ok(false)
         }
         (probed, _) => probed.map(|()| true).map_err(Error::from),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Command, parse};
+
+    /// The CPU that each worker is pinned to, and those it may run on while it splices.
+    fn homes(options: &str, single: bool) -> Vec<Option<(usize, Vec<usize>)>> {
+        let argv = format!("nsplice -l 127.0.0.1:1 -c 127.0.0.1:2 {options}");
+        let argv = argv.split_whitespace().map(Into::into).collect();
+        let Ok(Command::Run(args)) = parse(argv) else { panic!("{options}") };
+        let config = args.into_config().expect("the options go together");
+        let homes = worker_homes(&config, single).expect("CPUs can be told");
+        homes.into_iter().map(|home| home.map(|home| (home.cpu, home.all.to_vec()))).collect()
+    }
+
+    #[test]
+    fn workers_take_cpus_in_turn_and_the_only_connection_none() {
+        let all = || vec![2, 5];
+        assert_eq!(homes("--cpus 2,5", false), [Some((2, all())), Some((5, all()))]);
+        assert_eq!(homes("--cpus 2,5 --workers 1", false), [Some((2, all()))]);
+        assert_eq!(homes("--cpus 2,5 --workers 3", false)[2], Some((2, all())));
+        assert_eq!(homes("--workers 2 --no-pin", false), [None, None]);
+        assert_eq!(homes("", true), [None]);
+        assert_eq!(homes("--cpus 2,5", true), [Some((2, all()))]);
     }
 }

@@ -27,7 +27,7 @@ const LOW_LIMIT: &str = "RLIMIT_NOFILE is too low";
 
 /// What a worker thread starts with.
 pub struct Seed {
-    /// The CPU to be pinned to.
+    /// Where it is to run, unless anywhere.
     pub home: Option<Home>,
     /// What its engine is to do. No target: see `connected`.
     pub setup: Setup,

@@ -8,7 +8,7 @@
 //!
 //! A worker is pinned to a CPU of its own: many short messages cost less so. Bulk keeps client and
 //! server busy too, and goes best where the scheduler has spread all of them: so while a worker
-//! moves bulk it may run on the CPUs of the other workers, too.
+//! splices it may run on any CPU that workers may have.
 //! ARCHITECTURE.md has the figures.
 
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use crate::sys;
 const FULL_TURN_COPIES: u64 = 4;
 
 /// Turns of one kind more than of the other before the worker changes its mind. So it calls the
-/// kernel for that once in as many turns at most.
+/// kernel for that twice in as many turns at most. One that sleeps stays as it was.
 const TURNS_TO_CHANGE: u32 = 128;
 
 /// The CPUs of a pinned worker.
@@ -32,12 +32,13 @@ const TURNS_TO_CHANGE: u32 = 128;
 pub struct Home {
     /// Where it runs.
     pub cpu: usize,
-    /// Where it may run while it moves bulk: where the workers are.
+    /// Where it may run while it splices: what `--cpus` says, or all that are allowed.
     pub all: Arc<[usize]>,
 }
 
 impl Home {
-    /// Has the calling thread run on its own CPU, or on any. Errors as sched_setaffinity(2).
+    /// Has the calling thread run on its own CPU alone, or on all. Errors as
+    /// sched_setaffinity(2).
     pub fn confine(&self, is_free: bool) -> Result<(), Errno> {
         let mut set = CpuSet::new();
         for &cpu in if is_free { &*self.all } else { std::slice::from_ref(&self.cpu) } {
@@ -58,7 +59,7 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Of a worker that has `home` to itself, or runs wherever the scheduler puts it.
+    /// Of a worker that was pinned to `home`, or runs wherever the scheduler puts it.
     pub fn new(home: Option<Home>) -> Self {
         Self { home, copies: 0, splices: 0, full: Mostly::default(), bulk: Mostly::default() }
     }

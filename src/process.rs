@@ -95,11 +95,11 @@ pub fn run(config: &Config) -> Result<u8> {
     let ready = config.ready_fd.map(|fd| inherited::ready_fd(fd, &mut inherited)).transpose()?;
     inherited.close_originals();
 
-    let cpus = connector::worker_cpus(config, forward.is_single())?;
+    let homes = connector::worker_homes(config, forward.is_single())?;
     // One connection needs no batches, and no client but the first may be taken from the queue.
     let handoff = if forward.is_single() { Handoff::Socket } else { config.handoff };
-    let limits = Limits::of_process(cpus.len(), config.max_connections)?;
-    let channels = open_channels(handoff, cpus.len()).map_err(cannot_open_channels)?;
+    let limits = Limits::of_process(homes.len(), config.max_connections)?;
+    let channels = open_channels(handoff, homes.len()).map_err(cannot_open_channels)?;
     let (listener_ends, connector_ends) = channels.handoff.into_iter().unzip();
     let (to_connector, to_listener) = channels.control;
     match crate::sys::fork() {
@@ -108,7 +108,7 @@ pub fn run(config: &Config) -> Result<u8> {
             drop::<Vec<Channel>>(listener_ends);
             connector::run(connector::Part {
                 config,
-                cpus,
+                homes,
                 limits,
                 connect,
                 single: forward.is_single(),

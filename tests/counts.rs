@@ -326,17 +326,23 @@ fn a_worker_leaves_its_cpu_only_while_it_moves_bulk() {
     let cpus = format!("{first},{second}");
     for (options, bulk, messages) in [
         (vec!["--cpus", &cpus[..]], vec![first, second], vec![first]),
+        (vec!["--cpus", &cpus[..], "--workers", "1"], vec![first, second], vec![first]),
         (vec!["--cpus", &second.to_string()[..]], vec![second], vec![second]),
+        (vec!["--cpus", &cpus[..], "--transfer", "copy"], vec![first], vec![first]),
         (vec!["--no-pin"], all.clone(), all.clone()),
     ] {
         let launch = options.into_iter().fold(Launch::nsplice(), Launch::flag);
         let forwarder = forwarder(launch, &clients, &targets, &server);
         let worker = forwarder.connector().thread("worker-0").expect("there is a worker");
-        for (size, connections, cpus) in [("1048576", "8", bulk), ("64", "16", messages)] {
-            let load = ["--work", "rr", "--size", size, "--connections", connections];
+        // Each long enough for the worker to have made up its mind: then it is patient, too.
+        for (size, cpus) in [("1048576", bulk), ("64", messages)] {
+            let load = ["--work", "rr", "--size", size, "--connections", "32"];
             let mut busy = client_for("60", &clients, &forwarder, &load);
             let mut busy = busy.stdout(Stdio::null()).spawn().unwrap();
-            eventually("it is where it should be", || (worker.cpus() == cpus).then_some(()));
+            eventually("it is where it should be", || {
+                let is_patient = worker.scheduling_policy() == nix::libc::SCHED_BATCH;
+                (is_patient && worker.cpus() == cpus).then_some(())
+            });
             busy.kill().unwrap();
             busy.wait().unwrap();
         }

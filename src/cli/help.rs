@@ -174,7 +174,7 @@ mod tests {
         let man = man();
         for part in [
             "\n.TP\n\\fB\\-l\\fR, \\fB\\-\\-listen\\fR \\fIIP:PORT\\fR\nBind",
-            "\n.TP\n\\fB\\-\\-no\\-pin\\fR\nLet workers move between CPUs.\n",
+            "\n.TP\n\\fB\\-\\-no\\-pin\\fR\nLet workers run on any CPU. ",
             "\nDefault: the caller\\(aqs.\n",
             "\n.TP\n.B 6\nthe only connection (\\-S or \\-C) failed\n",
         ] {

@@ -218,8 +218,9 @@ const FORWARDING: &[Opt] = &[
         short: None,
         long: "--no-pin",
         value: None,
-        help: "Let workers run on any CPU; otherwise each keeps to its own while it does not \
-               move bulk",
+        help: "Let workers run on any CPU. Otherwise each keeps to one of --cpus, but while it \
+               splices it may run on all of these; the worker of -S or -C is pinned only if \
+               --cpus is given",
         default: None,
     },
     Opt {
