@@ -80,14 +80,18 @@ class Bench:
         if work.beside:
             # It outlasts whatever the client may take, and is ended with the round.
             beside = begin(work.beside, self.warmup + self.seconds + 2 * OPENING_S, 0.2)
-        for _ in range(work.busy):
-            program = programs.start([sys.executable, "-c", "while True: pass"])
+        busy = [
+            programs.start([sys.executable, "-c", "while True: pass"]) for _ in range(work.busy)
+        ]
+        for program in busy:
             stack.callback(programs.stop, program)
         client = begin(work.client, self.seconds, self.warmup)
         before = Usage(forwarder, server)
         beside_before = beside and so_far(beside, check)
         report = self.report(client, check)
         usage = Usage(forwarder, server).since(before)
+        if any(program.poll() is not None for program in busy):
+            raise Failed("a busy program beside ended before the client")
         result = record(work, report, usage)
         if beside:
             result |= beside_record(work, beside_before, so_far(beside, check), result["errors"])

@@ -27,7 +27,8 @@ PINNED_WORKS = "bulk-1 bulk-8 rr-64Bx1 rr-64Bx64 crr-16".split()
 HEAD = """# What each option and each change does
 
 Written by `scripts/compare --render` from docs/levers.json, docs/levers-pinned.json and
-docs/levers-builds.json, as far as they are there. They have every round.
+docs/levers-builds*.json, as far as they are there. They have every round; docs/performance.md says
+what came of it.
 
 ```sh
 scripts/compare --levers --json docs/levers.json
