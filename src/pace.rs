@@ -115,26 +115,25 @@ mod tests {
 
     /// Lets the pace judge `turns` turns, each with so many receives and sends, and splices.
     /// Returns whether turns are full now, and whether they move bulk.
-    fn judge(turns: u32, copies: u64, splices: u64) -> impl Fn(&mut (Pace, Stats)) -> (bool, bool) {
-        move |(pace, stats)| {
-            for _ in 0..turns {
-                stats.copy_operations += copies;
-                stats.splice_operations += splices;
-                pace.judge(stats);
-            }
-            (pace.full.is, pace.bulk.is)
+    fn judge(worker: &mut (Pace, Stats), turns: u32, copies: u64, splices: u64) -> (bool, bool) {
+        let (pace, stats) = worker;
+        for _ in 0..turns {
+            stats.copy_operations += copies;
+            stats.splice_operations += splices;
+            pace.judge(stats);
         }
+        (pace.full.is, pace.bulk.is)
     }
 
     #[test]
     fn turns_are_judged_by_what_most_were_like() {
         let worker = &mut (Pace::new(None), Stats::default());
-        assert_eq!(judge(1000, 3, 0)(worker), (false, false), "a few messages a turn");
-        assert_eq!(judge(127, 4, 0)(worker), (false, false), "not for long yet");
-        assert_eq!(judge(1, 4, 0)(worker), (true, false), "many messages a turn");
-        assert_eq!(judge(127, 0, 0)(worker), (true, false), "a short lull");
-        assert_eq!(judge(1, 0, 0)(worker), (false, false), "nothing to do");
-        assert_eq!(judge(128, 0, 1)(worker), (true, true), "bulk");
-        assert_eq!(judge(128, 4, 0)(worker), (true, false), "many messages after it");
+        assert_eq!(judge(worker, 1000, 3, 0), (false, false), "a few messages a turn");
+        assert_eq!(judge(worker, 127, 4, 0), (false, false), "not for long yet");
+        assert_eq!(judge(worker, 1, 4, 0), (true, false), "many messages a turn");
+        assert_eq!(judge(worker, 127, 0, 0), (true, false), "a short lull");
+        assert_eq!(judge(worker, 1, 0, 0), (false, false), "nothing to do");
+        assert_eq!(judge(worker, 128, 0, 1), (true, true), "bulk");
+        assert_eq!(judge(worker, 128, 4, 0), (true, false), "many messages after it");
     }
 }
