@@ -116,8 +116,9 @@ impl Uring {
                     self.buffers.give_back(unused);
                 }
                 match result {
-                    // More buffers can be had: as if there had been nothing to receive.
-                    Err(Errno::ENOBUFS) if self.buffers.grow() => Err(Errno::EAGAIN),
+                    // More buffers can be had: to be tried again. Not EAGAIN, which would say that
+                    // a readable socket had nothing to receive.
+                    Err(Errno::ENOBUFS) if self.buffers.grow() => Err(Errno::EINTR),
                     _ => result.map(|_| None),
                 }
             }
