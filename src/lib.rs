@@ -14,6 +14,7 @@ pub mod inherited;
 pub mod limits;
 pub mod listener;
 pub mod log;
+pub mod mostly;
 pub mod netns;
 pub mod pace;
 pub mod pipe;

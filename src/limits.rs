@@ -6,7 +6,7 @@ use crate::error::{Error, Kind, Result};
 
 /// Descriptors of a connection: its two sockets.
 const PER_CONNECTION: u64 = 2;
-/// Of a worker: its engine, its two ends of eventfds, its listening socket, its channel.
+/// Of a worker: the two of its engine, its two ends of eventfds, its listening socket, its channel.
 const PER_WORKER: u64 = 6;
 /// Of a process, besides what is open before the fork: channels, and what opens for a moment.
 const SPARE: u64 = 8;

@@ -17,15 +17,12 @@ use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
+use crate::mostly::Mostly;
 use crate::stats::Stats;
 use crate::sys;
 
 /// Receives and sends that make a turn a full one; a fill or a drain does too.
 const FULL_TURN_COPIES: u64 = 4;
-
-/// Turns of one kind more than of the other before the worker changes its mind. So it calls the
-/// kernel for that twice in as many turns at most. One that sleeps stays as it was.
-const TURNS_TO_CHANGE: u32 = 128;
 
 /// The CPUs of a pinned worker.
 #[derive(Clone, Debug)]
@@ -66,17 +63,17 @@ impl Pace {
 
     /// Takes note of a turn of the calling thread's worker, whose counters are `stats` now.
     pub fn turned(&mut self, stats: &Stats) {
-        let was = (self.full.is, self.bulk.is);
+        let was = (self.full.is(), self.bulk.is());
         self.judge(stats);
         // Refused (by a seccomp filter, or because CPUs were taken away): the worker goes on as it
         // is.
-        if self.full.is != was.0 {
-            let _ = sys::set_interrupting(!self.full.is);
+        if self.full.is() != was.0 {
+            let _ = sys::set_interrupting(!self.full.is());
         }
-        if self.bulk.is != was.1
+        if self.bulk.is() != was.1
             && let Some(home) = &self.home
         {
-            let _ = home.confine(self.bulk.is);
+            let _ = home.confine(self.bulk.is());
         }
     }
 
@@ -86,26 +83,6 @@ impl Pace {
         (self.copies, self.splices) = (stats.copy_operations, stats.splice_operations);
         self.full.note(is_full);
         self.bulk.note(is_bulk);
-    }
-}
-
-/// What most turns were like lately.
-#[derive(Debug, Default)]
-struct Mostly {
-    is: bool,
-    /// Turns that were so more than others, between 0 and [`TURNS_TO_CHANGE`].
-    lead: u32,
-}
-
-impl Mostly {
-    fn note(&mut self, is: bool) {
-        self.lead =
-            if is { (self.lead + 1).min(TURNS_TO_CHANGE) } else { self.lead.saturating_sub(1) };
-        self.is = match self.lead {
-            0 => false,
-            TURNS_TO_CHANGE => true,
-            _ => self.is,
-        };
     }
 }
 
@@ -122,7 +99,7 @@ mod tests {
             stats.splice_operations += splices;
             pace.judge(stats);
         }
-        (pace.full.is, pace.bulk.is)
+        (pace.full.is(), pace.bulk.is())
     }
 
     #[test]

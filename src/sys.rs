@@ -154,6 +154,13 @@ pub(crate) fn is_inet(socket: impl AsFd) -> bool {
     asked.is_ok() && [libc::AF_INET, libc::AF_INET6].contains(&family)
 }
 
+/// Whether it is a socket of TCP itself, not of MPTCP.
+pub(crate) fn is_tcp(socket: RawFd) -> bool {
+    let mut protocol: libc::c_int = 0;
+    let asked = socket_option(socket, libc::SO_PROTOCOL, &mut protocol);
+    asked.is_ok() && protocol == libc::IPPROTO_TCP
+}
+
 /// Throws away what waits in the socket's error queue, which makes it look as if it had failed.
 /// Whether there was something.
 pub(crate) fn empty_error_queue(socket: impl AsFd) -> bool {

@@ -58,6 +58,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "error",
             "flow::Op",
             "flow::half::BUFFER_BYTES",
+            "mostly",
             "pipe",
             "socket",
             "sys",

@@ -32,7 +32,6 @@ use crate::pipe::{Pipe, PipePool};
 
 mod buffers;
 mod interest;
-mod set;
 mod timers;
 
 /// After this time a request that could not be made because the kernel has no memory for it

@@ -7,6 +7,7 @@
 
 mod calls;
 pub mod epoll;
+mod set;
 pub mod uring;
 
 use std::net::SocketAddr;

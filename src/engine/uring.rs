@@ -18,6 +18,7 @@ use nix::libc;
 use nix::sys::socket::{SockaddrLike, SockaddrStorage};
 
 use self::buffers::{Buffers, GROUP};
+use self::readiness::Readiness;
 pub use self::setup::probe;
 use self::setup::{CQ_ENTRIES, Refusal, SQ_ENTRIES, build_ring, errno_of};
 use super::{Buffer, Completion, Engine, Outcome, Setup, Sleep, Start, Token, calls};
@@ -28,6 +29,7 @@ use crate::flow::half::BUFFER_BYTES;
 use crate::pipe::{Pipe, PipePool};
 
 mod buffers;
+mod readiness;
 mod setup;
 
 /// From the kernel's `io_uring.h`; the crate keeps them to itself.
@@ -37,9 +39,10 @@ const ENTER_NO_IOWAIT: u32 = 1 << 7;
 
 /// An engine on one io_uring ring.
 pub struct Uring {
-    // Dropped in this order: the ring before the buffers it receives into.
+    // Dropped in this order: the ring before what it writes to.
     ring: IoUring,
     buffers: Buffers,
+    readiness: Readiness,
     pipes: PipePool,
     /// Boxed: requests point to it.
     target: Option<Box<SockaddrStorage>>,
@@ -90,7 +93,7 @@ impl Uring {
                     let urgent = |events| events & libc::POLLPRI as u32 != 0;
                     Outcome::Readable(result.map(urgent))
                 }
-                Op::Recv(_) => self.decode_received(entry, result),
+                Op::Recv(_) => self.decode_received(token, entry, result),
                 Op::Send(_) => Outcome::Sent(result),
                 Op::Watch(_) => {
                     let events = result.unwrap_or(0) as i16;
@@ -104,10 +107,12 @@ impl Uring {
 
     fn decode_received(
         &mut self,
+        token: Token,
         entry: &cqueue::Entry,
         result: Result<u32, Errno>,
     ) -> Outcome<OwnedFd> {
         let more = cqueue::sock_nonempty(entry.flags());
+        self.readiness.received(token, result, more);
         let id = cqueue::buffer_select(entry.flags());
         let buffer = id.map(|id| Buffer::received(id, result.unwrap_or(0)));
         let result = match result {
@@ -181,9 +186,11 @@ impl Start for Uring {
             .map_err(|errno| Error::system(Kind::Kernel, "cannot map buffers", errno, ""))?;
         buffers.register(&ring).map_err(Refusal::to("register buffers"))?;
         let no_iowait = ring.params().is_feature_no_iowait();
+        let readiness = Readiness::new(setup::can_read_sets(&ring));
         Ok(Self {
             ring,
             buffers,
+            readiness,
             pipes: PipePool::new(setup.pipe_size_bytes, setup.pipes),
             target: setup.target.map(|target| Box::new(target.into())),
             sockets: setup.sockets,
@@ -217,6 +224,7 @@ impl Engine for Uring {
     }
 
     fn recv(&mut self, token: Token, socket: &OwnedFd) {
+        self.readiness.receiving(token, socket);
         let entry = opcode::Recv::new(fd(socket), std::ptr::null_mut(), BUFFER_BYTES)
             .buf_group(GROUP)
             .flags(libc::MSG_DONTWAIT)
@@ -226,6 +234,9 @@ impl Engine for Uring {
     }
 
     fn readable(&mut self, token: Token, socket: &OwnedFd) {
+        if self.readiness.wait_for(token, socket) {
+            return;
+        }
         // Two in a chain. The first waits, but what it reports are the events its wake-up names,
         // and TCP's name urgent data also where there is none. The second asks for the state; it
         // alone completes, unless the first fails: then that one does.
@@ -260,6 +271,9 @@ impl Engine for Uring {
     }
 
     fn cancel(&mut self, token: Token) {
+        if self.readiness.cancel(token) {
+            return;
+        }
         // All of them: `readable` makes two with the same token.
         let entry =
             opcode::AsyncCancel2::new(CancelBuilder::user_data(token.encode()).all()).build();
@@ -267,6 +281,7 @@ impl Engine for Uring {
     }
 
     fn close(&mut self, socket: OwnedFd) {
+        self.readiness.forget(&socket);
         let entry = opcode::Close::new(Fd(socket.into_raw_fd())).build();
         self.push(Token::Ignored, entry.flags(squeue::Flags::SKIP_SUCCESS));
     }
@@ -341,6 +356,10 @@ impl Engine for Uring {
             self.inbox.clear();
         }
         self.inbox.extend(self.ring.completion());
+        if let Some(read) = self.readiness.turn()? {
+            self.push_chain(&[read]);
+        }
+        let sleep = if self.readiness.has_news() { Sleep::No } else { sleep };
         let spins = sleep != Sleep::No && !self.busy_poll.is_zero();
         if spins && self.inbox.is_empty() {
             self.enter(Sleep::No)?;
@@ -352,13 +371,17 @@ impl Engine for Uring {
     }
 
     fn completion(&mut self) -> Option<Completion<OwnedFd>> {
-        while let Some(entry) = self.inbox.pop_front() {
-            let completion = self.decode(&entry);
-            if completion.is_some() {
-                return completion;
+        loop {
+            if let Some((token, urgent)) = self.readiness.next() {
+                return Some(Completion { token, outcome: Outcome::Readable(urgent) });
+            }
+            let entry = self.inbox.pop_front()?;
+            if entry.user_data() == readiness::READ {
+                self.readiness.on_read(decode_result(entry.result()));
+            } else if let Some(completion) = self.decode(&entry) {
+                return Some(completion);
             }
         }
-        None
     }
 }
 

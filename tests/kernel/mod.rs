@@ -10,6 +10,7 @@ mod namespaces;
 mod passing;
 mod pipes;
 mod polling;
+mod reading;
 mod requests;
 mod ring;
 mod rings;

@@ -82,6 +82,14 @@ impl Process {
         self.fds().iter().filter(|target| is_one(target)).count()
     }
 
+    /// How many descriptors are in its epoll sets.
+    pub fn count_in_sets(&self) -> usize {
+        let Ok(entries) = fs::read_dir(format!("/proc/{}/fdinfo", self.pid)) else { return 0 };
+        let texts = entries.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());
+        let members = |text: String| text.lines().filter(|line| line.starts_with("tfd:")).count();
+        texts.map(members).sum()
+    }
+
     /// Sets its soft limit of descriptors; returns the one it had.
     pub fn limit_descriptors(&self, limit: u64) -> u64 {
         let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };

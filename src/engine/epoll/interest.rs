@@ -5,8 +5,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 
-use super::set::Set;
 use crate::engine::Token;
+use crate::engine::set::Set;
 
 /// Reports taken with one call of each set; more wait for the next.
 pub(super) const EVENTS: usize = 256;

@@ -1,0 +1,537 @@
+//! Sockets of a busy worker are waited for in a set that the ring reads (`engine::uring`'s
+//! `Readiness`): whatever comes on them, and whenever, is told as by a wait of its own.
+//!
+//! The first tests drive an engine step by step; the last ones run the program.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "standing/forged.rs"]
+mod forged;
+mod support;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
+use nsplice::config::SocketOptions;
+use nsplice::engine::uring::Uring;
+use nsplice::engine::{Buffer, Engine, Outcome, Setup, Sleep, Start, Token};
+use nsplice::flow::half::BUFFER_BYTES;
+use nsplice::flow::{Op, Side};
+use support::calls::{SIOCATMARK, int_ioctl};
+use support::streams::{Random, accept, connect};
+use support::{Launch, PATIENCE, eventually, namespaces, skip};
+
+/// Connections that make an engine busy: enough receives a turn.
+const BUSY: usize = 4;
+/// Turns after which it knows that.
+const ROUNDS: usize = 150;
+
+const MESSAGE: [u8; 64] = [7; 64];
+
+/// An engine with its own ends of connections, each in a slot of its own.
+struct Worker {
+    engine: Uring,
+    near: Vec<OwnedFd>,
+    /// The least number of its sockets. No other test's have such: the least that is free is the
+    /// one that was closed last.
+    numbers: i32,
+}
+
+/// Workers made so far.
+static WORKERS: AtomicI32 = AtomicI32::new(0);
+
+impl Worker {
+    fn new() -> Self {
+        let engine = Uring::start(&Setup {
+            target: None,
+            sockets: SocketOptions::default(),
+            pipe_size_bytes: 1 << 20,
+            pipes: 4,
+            busy_poll_us: 0,
+        });
+        let numbers = 256 + 8 * WORKERS.fetch_add(1, Ordering::Relaxed);
+        Self { engine: engine.unwrap(), near: Vec::new(), numbers }
+    }
+
+    fn token(slot: usize, op: fn(Side) -> Op) -> Token {
+        Token::Flow { index: slot as u32, generation: 1, op: op(Side::Listen) }
+    }
+
+    fn connection(&mut self) -> TcpStream {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        setsockopt(&listener, sockopt::OobInline, &true).unwrap();
+        let far = connect(listener.local_addr().unwrap());
+        let near = accept(&listener);
+        near.set_nonblocking(true).unwrap();
+        let number = fcntl(&near, FcntlArg::F_DUPFD_CLOEXEC(self.numbers)).unwrap();
+        // SAFETY: the kernel has just made this descriptor for this call alone.
+        self.near.push(unsafe { OwnedFd::from_raw_fd(number) });
+        far
+    }
+
+    fn wait_for(&mut self, slot: usize) {
+        self.engine.readable(Self::token(slot, Op::Readable), &self.near[slot]);
+    }
+
+    /// The next completion, in a limited time.
+    #[track_caller]
+    fn next(&mut self) -> (usize, Outcome<OwnedFd>) {
+        let completion = eventually("a request completes", || {
+            self.engine.completion().or_else(|| {
+                self.engine.wait(Sleep::ForMs(50)).unwrap();
+                self.engine.completion()
+            })
+        });
+        let Token::Flow { index, .. } = completion.token else { panic!("{completion:?}") };
+        (index as usize, completion.outcome)
+    }
+
+    /// Nothing is told for a while.
+    #[track_caller]
+    fn assert_silent(&mut self) {
+        for _ in 0..3 {
+            self.engine.wait(Sleep::ForMs(5)).unwrap();
+            let told = self.engine.completion();
+            assert!(told.is_none(), "{told:?}");
+        }
+    }
+
+    /// Whether an urgent byte has arrived, once the slot's wait is over.
+    #[track_caller]
+    fn told(&mut self, slot: usize) -> Result<bool, Errno> {
+        let (index, outcome) = self.next();
+        let Outcome::Readable(told) = outcome else { panic!("{outcome:?}") };
+        assert_eq!(index, slot);
+        told
+    }
+
+    #[track_caller]
+    fn receive(&mut self, slot: usize) -> (Result<Option<u32>, Errno>, bool) {
+        self.engine.recv(Self::token(slot, Op::Recv), &self.near[slot]);
+        let (index, outcome) = self.next();
+        let Outcome::Received { result, more } = outcome else { panic!("{outcome:?}") };
+        assert_eq!(index, slot);
+        let length = result.map(|buffer| {
+            let length = buffer.as_ref().map(Buffer::len);
+            buffer.into_iter().for_each(|buffer| self.engine.give_back(buffer));
+            length
+        });
+        (length, more)
+    }
+
+    /// Receives `length` bytes, which leaves nothing.
+    #[track_caller]
+    fn take(&mut self, slot: usize, length: u32) {
+        assert_eq!(self.receive(slot), (Ok(Some(length)), false));
+    }
+
+    #[track_caller]
+    fn take_urgent(&mut self, slot: usize) {
+        assert!(self.engine.is_at_mark(&self.near[slot]));
+        assert_eq!(self.engine.recv_urgent(&self.near[slot]), Ok(Some(b'!')));
+    }
+
+    /// How many of its sockets are in the set.
+    fn members(&self) -> usize {
+        let entries = std::fs::read_dir("/proc/self/fdinfo").unwrap();
+        let texts = entries.filter_map(|entry| std::fs::read_to_string(entry.ok()?.path()).ok());
+        let sets = texts.collect::<String>();
+        let of_line = |line: &'_ str| line.split_whitespace().nth(1).map(str::to_owned);
+        let members: Vec<_> =
+            sets.lines().filter(|line| line.starts_with("tfd:")).filter_map(of_line).collect();
+        let is_member = |socket: &&OwnedFd| members.contains(&socket.as_raw_fd().to_string());
+        self.near.iter().filter(is_member).count()
+    }
+}
+
+/// A worker whose connections have had short messages for a while.
+fn busy_worker() -> Option<(Worker, Vec<TcpStream>)> {
+    let mut worker = Worker::new();
+    let mut far: Vec<_> = (0..BUSY).map(|_| worker.connection()).collect();
+    for _ in 0..ROUNDS {
+        for (slot, far) in far.iter_mut().enumerate() {
+            worker.wait_for(slot);
+            far.write_all(&MESSAGE).unwrap();
+        }
+        let mut readable: Vec<_> = (0..BUSY).map(|_| worker.next()).collect();
+        readable.sort_by_key(|(slot, _)| *slot);
+        for (slot, (index, outcome)) in readable.into_iter().enumerate() {
+            assert!(matches!(outcome, Outcome::Readable(Ok(false))), "{outcome:?}");
+            assert_eq!(index, slot);
+            worker.engine.recv(Worker::token(slot, Op::Recv), &worker.near[slot]);
+        }
+        for _ in 0..BUSY {
+            let (_, outcome) = worker.next();
+            let Outcome::Received { result: Ok(Some(buffer)), more: false } = outcome else {
+                panic!("{outcome:?}")
+            };
+            assert_eq!(buffer.len() as usize, MESSAGE.len());
+            worker.engine.give_back(buffer);
+        }
+    }
+    (worker.members() == BUSY).then_some((worker, far))
+}
+
+macro_rules! busy {
+    ($worker:ident, $far:ident) => {
+        #[allow(unused_mut)]
+        let Some((mut $worker, mut $far)) = busy_worker() else {
+            assert!(!reads_sets(), "busy sockets are not in the set");
+            skip!("the ring reads no sets: before Linux 6.15")
+        };
+    };
+}
+
+fn reads_sets() -> bool {
+    let ring = io_uring::IoUring::new(1).unwrap();
+    let mut known = io_uring::Probe::new();
+    ring.submitter().register_probe(&mut known).unwrap();
+    known.is_supported(io_uring::opcode::EpollWait::CODE)
+}
+
+fn send_urgent(far: &TcpStream) {
+    send(far.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
+}
+
+/// Until it is there on the other end.
+fn wait_for_bytes(near: &OwnedFd, bytes: i32) {
+    eventually("what was sent arrives", || {
+        (int_ioctl(near, libc::FIONREAD) == Ok(bytes)).then_some(())
+    });
+}
+
+#[test]
+fn a_message_before_or_after_the_wait_is_told() {
+    busy!(worker, far);
+    for _ in 0..20 {
+        worker.wait_for(0);
+        worker.assert_silent();
+        far[0].write_all(b"abc").unwrap();
+        assert_eq!(worker.told(0), Ok(false));
+        worker.take(0, 3);
+
+        far[0].write_all(b"abc").unwrap();
+        wait_for_bytes(&worker.near[0], 3);
+        worker.wait_for(0);
+        assert_eq!(worker.told(0), Ok(false));
+        worker.take(0, 3);
+    }
+}
+
+#[test]
+fn a_message_that_is_reported_before_it_is_asked_for_is_told() {
+    busy!(worker, far);
+    for urgent in [false, true] {
+        // Another one waits, so that the set is read.
+        worker.wait_for(1);
+        worker.assert_silent();
+        match urgent {
+            false => far[0].write_all(b"a").unwrap(),
+            true => send_urgent(&far[0]),
+        }
+        wait_for_bytes(&worker.near[0], 1);
+        worker.assert_silent();
+        worker.wait_for(0);
+        assert_eq!(worker.told(0), Ok(urgent));
+        if urgent {
+            worker.take_urgent(0);
+        } else {
+            worker.take(0, 1);
+        }
+        far[1].write_all(b"b").unwrap();
+        assert_eq!(worker.told(1), Ok(false));
+        worker.take(1, 1);
+    }
+}
+
+#[test]
+fn an_urgent_byte_is_told_wherever_it_is() {
+    busy!(worker, far);
+    // Alone, and first of all.
+    worker.wait_for(0);
+    worker.assert_silent();
+    send_urgent(&far[0]);
+    far[0].write_all(b"tail").unwrap();
+    assert_eq!(worker.told(0), Ok(true));
+    wait_for_bytes(&worker.near[0], 5);
+    worker.take_urgent(0);
+    worker.wait_for(0);
+    assert_eq!(worker.told(0), Ok(false));
+    worker.take(0, 4);
+
+    // Behind bytes that were told before it came.
+    worker.wait_for(0);
+    worker.assert_silent();
+    far[0].write_all(b"abc").unwrap();
+    assert_eq!(worker.told(0), Ok(false));
+    send_urgent(&far[0]);
+    far[0].write_all(b"def").unwrap();
+    wait_for_bytes(&worker.near[0], 7);
+    assert_eq!(worker.receive(0), (Ok(Some(3)), true));
+    worker.wait_for(0);
+    assert_eq!(worker.told(0), Ok(true));
+    worker.take_urgent(0);
+    worker.wait_for(0);
+    assert_eq!(worker.told(0), Ok(false));
+    worker.take(0, 3);
+
+    // After a receive and before the wait.
+    send_urgent(&far[0]);
+    wait_for_bytes(&worker.near[0], 1);
+    worker.wait_for(0);
+    assert_eq!(worker.told(0), Ok(true));
+    worker.take_urgent(0);
+}
+
+#[test]
+fn an_urgent_byte_that_is_ahead_of_others_is_told_with_them() {
+    namespaces!(netns);
+    netns.enter(|| {
+        busy!(worker, far);
+        worker.wait_for(0);
+        worker.assert_silent();
+        forged::urgent_behind_a_gap(&netns, &far[0], 3);
+        worker.assert_silent();
+        far[0].write_all(b"abc").unwrap();
+        assert_eq!(worker.told(0), Ok(true));
+        assert!(!worker.engine.is_at_mark(&worker.near[0]));
+    });
+}
+
+#[test]
+fn what_a_receive_leaves_is_told_at_once() {
+    busy!(worker, far);
+    for length in [BUFFER_BYTES, BUFFER_BYTES + 1, 3 * BUFFER_BYTES] {
+        worker.wait_for(0);
+        worker.assert_silent();
+        far[0].write_all(&vec![1; length as usize]).unwrap();
+        wait_for_bytes(&worker.near[0], length as i32);
+        let mut left = length;
+        while left > 0 {
+            assert_eq!(worker.told(0), Ok(false));
+            let now = left.min(BUFFER_BYTES);
+            left -= now;
+            assert_eq!(worker.receive(0), (Ok(Some(now)), left > 0));
+            worker.wait_for(0);
+        }
+        worker.assert_silent();
+        far[0].write_all(b"a").unwrap();
+        assert_eq!(worker.told(0), Ok(false));
+        worker.take(0, 1);
+    }
+}
+
+#[test]
+fn an_end_and_a_reset_are_told() {
+    for reset in [false, true] {
+        for before in [false, true] {
+            busy!(worker, far);
+            let end = |far: TcpStream| {
+                let linger = libc::linger { l_onoff: reset.into(), l_linger: 0 };
+                setsockopt(&far, sockopt::Linger, &linger).unwrap();
+            };
+            if before {
+                end(far.remove(0));
+                let mut fds = [PollFd::new(worker.near[0].as_fd(), PollFlags::POLLIN)];
+                poll(&mut fds, PollTimeout::try_from(PATIENCE).unwrap()).unwrap();
+                worker.wait_for(0);
+            } else {
+                worker.wait_for(0);
+                worker.assert_silent();
+                end(far.remove(0));
+            }
+            assert_eq!(worker.told(0), Ok(false));
+            let ended = if reset { Err(Errno::ECONNRESET) } else { Ok(None) };
+            assert_eq!(worker.receive(0).0, ended);
+        }
+    }
+}
+
+#[test]
+fn a_wait_that_is_cancelled_completes_once_and_loses_nothing() {
+    busy!(worker, far);
+    worker.wait_for(0);
+    worker.assert_silent();
+    worker.engine.cancel(Worker::token(0, Op::Readable));
+    assert_eq!(worker.told(0), Err(Errno::ECANCELED));
+    worker.assert_silent();
+    far[0].write_all(b"abc").unwrap();
+    wait_for_bytes(&worker.near[0], 3);
+    worker.assert_silent();
+    worker.wait_for(0);
+    assert_eq!(worker.told(0), Ok(false));
+    worker.take(0, 3);
+}
+
+#[test]
+fn a_connection_with_the_slot_and_the_number_of_one_that_was_closed_is_another() {
+    busy!(worker, far);
+    // One waits for ever, so that the set is read.
+    worker.wait_for(1);
+    for _ in 0..10 {
+        let closed = worker.near[0].as_raw_fd();
+        let _ = far[0].write_all(b"for the old one");
+        let socket = worker.near.remove(0);
+        worker.engine.close(socket);
+        worker.assert_silent();
+        let fresh = worker.connection();
+        let socket = worker.near.pop().unwrap();
+        worker.near.insert(0, socket);
+        far[0] = fresh;
+        assert_eq!(worker.near[0].as_raw_fd(), closed, "the number is not given again");
+        far[0].write_all(b"abc").unwrap();
+        wait_for_bytes(&worker.near[0], 3);
+        worker.wait_for(0);
+        assert_eq!(worker.told(0), Ok(false));
+        worker.take(0, 3);
+        worker.wait_for(0);
+        worker.assert_silent();
+        far[0].shutdown(Shutdown::Write).unwrap();
+        assert_eq!(worker.told(0), Ok(false));
+        assert_eq!(worker.receive(0).0, Ok(None));
+    }
+}
+
+/// Other sockets than TCP's do not say what a receive leaves.
+#[test]
+fn a_unix_domain_socket_is_waited_for_by_itself() {
+    busy!(worker, far);
+    let (mut there, here) = UnixStream::pair().unwrap();
+    here.set_nonblocking(true).unwrap();
+    worker.near.push(here.into());
+    let slot = BUSY;
+    for _ in 0..20 {
+        there.write_all(b"abc").unwrap();
+        there.write_all(b"de").unwrap();
+        worker.wait_for(slot);
+        assert_eq!(worker.told(slot), Ok(false));
+        assert_eq!(worker.receive(slot).0, Ok(Some(5)));
+        // So that the worker stays a busy one.
+        for (other, far) in far.iter_mut().enumerate() {
+            worker.wait_for(other);
+            far.write_all(&MESSAGE).unwrap();
+            assert_eq!(worker.told(other), Ok(false));
+            worker.take(other, MESSAGE.len() as u32);
+        }
+    }
+    assert_eq!(worker.members(), BUSY);
+}
+
+#[test]
+fn a_socket_that_no_longer_has_short_messages_leaves_the_set() {
+    busy!(worker, far);
+    let block = vec![1; BUFFER_BYTES as usize];
+    // Another one waits all the time, so that the set is read.
+    worker.wait_for(1);
+    eventually("it leaves", || {
+        far[0].write_all(&block).unwrap();
+        wait_for_bytes(&worker.near[0], block.len() as i32);
+        worker.wait_for(0);
+        assert_eq!(worker.told(0), Ok(false));
+        assert_eq!(worker.receive(0).0, Ok(Some(BUFFER_BYTES)));
+        (worker.members() == BUSY - 1).then_some(())
+    });
+}
+
+/// Bytes of a stream, each with whether it is urgent.
+type Marked = Vec<(u8, bool)>;
+
+/// Reads `length` bytes.
+fn read_marked(stream: &TcpStream, length: usize) -> Marked {
+    let mut marked = Marked::new();
+    while marked.len() < length {
+        // Only of a byte that is there can be told whether it is urgent.
+        let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+        assert!(poll(&mut fds, PollTimeout::try_from(PATIENCE).unwrap()).unwrap() > 0);
+        let urgent = int_ioctl(stream, SIOCATMARK) == Ok(1);
+        let mut buffer = [0; 256];
+        let most = if urgent { 1 } else { buffer.len().min(length - marked.len()) };
+        let count = (&*stream).read(&mut buffer[..most]).unwrap();
+        if count == 0 {
+            break;
+        }
+        marked.extend(buffer[..count].iter().map(|&byte| (byte, urgent)));
+    }
+    marked
+}
+
+/// Sends them, each urgent one and what is between by itself.
+fn write_marked(mut stream: &TcpStream, marked: &[(u8, bool)]) {
+    for piece in marked.chunk_by(|one, next| !one.1 && !next.1) {
+        let bytes: Vec<_> = piece.iter().map(|&(byte, _)| byte).collect();
+        if piece[0].1 {
+            assert_eq!(send(stream.as_raw_fd(), &bytes, MsgFlags::MSG_OOB), Ok(1));
+        } else {
+            stream.write_all(&bytes).unwrap();
+        }
+    }
+}
+
+/// Sends back what comes, by a header of one byte: how many follow.
+fn echo(stream: TcpStream) {
+    setsockopt(&stream, sockopt::OobInline, &true).unwrap();
+    while let [(length, _)] = read_marked(&stream, 1)[..] {
+        let mut answer = vec![(length, false)];
+        answer.extend(read_marked(&stream, length.into()));
+        write_marked(&stream, &answer);
+    }
+}
+
+/// Messages of up to 40 bytes, of which one in three has one urgent byte, somewhere.
+fn exchange_marked(stream: &TcpStream, random: &mut Random, messages: usize) {
+    setsockopt(stream, sockopt::OobInline, &true).unwrap();
+    for _ in 0..messages {
+        let length = random.next() as usize % 40 + 1;
+        let mut message: Marked = (0..length).map(|_| (random.next() as u8, false)).collect();
+        if random.next() % 3 == 0 {
+            let at = random.next() as usize % length;
+            message[at].1 = true;
+        }
+        let mut sent = vec![(length as u8, false)];
+        sent.extend(&message);
+        write_marked(stream, &sent);
+        assert_eq!(read_marked(stream, length + 1), sent);
+    }
+}
+
+#[test]
+fn urgent_bytes_keep_their_places_on_the_sockets_of_a_busy_worker() {
+    const CONNECTIONS: usize = 16;
+    namespaces!(clients, targets);
+    let listener = targets.listen("127.0.0.1:0");
+    let forwarder = Launch::nsplice()
+        .listen_netns(&clients)
+        .connect_netns(&targets)
+        .listen(([127, 0, 0, 1], 0))
+        .connect(listener.local_addr().unwrap())
+        .option("--workers", "1")
+        .start();
+    let mut in_set = 0;
+    std::thread::scope(|scope| {
+        let pairs: Vec<_> = (0..CONNECTIONS)
+            .map(|_| (clients.enter(|| connect(forwarder.address())), accept(&listener)))
+            .collect();
+        let threads: Vec<_> = pairs
+            .into_iter()
+            .enumerate()
+            .map(|(index, (client, server))| {
+                scope.spawn(move || echo(server));
+                let mut random = Random(index as u64);
+                scope.spawn(move || exchange_marked(&client, &mut random, 400))
+            })
+            .collect();
+        while !threads.iter().all(|thread| thread.is_finished()) {
+            in_set = in_set.max(forwarder.connector().count_in_sets());
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    });
+    forwarder.stop().assert_clean();
+    assert!(in_set > 0 || !reads_sets(), "none was in the set");
+}
