@@ -1,25 +1,30 @@
-//! What a worker's turns are mostly like, told so that it does not change its mind often.
+//! What is mostly so, told without changing the answer often.
 
-/// Turns of one kind more than of the other before the answer changes. So it does that twice in as
-/// many turns at most. A worker that sleeps stays as it was.
-const TURNS_TO_CHANGE: u32 = 128;
+/// Turns, or whatever is noted, of one kind more than of the other before the answer changes. So it
+/// does that twice in as many at most. A worker that sleeps stays as it was.
+const TO_CHANGE: u32 = 128;
 
-/// What most turns were like lately.
+/// What most turns of a worker were like lately.
 #[derive(Debug, Default)]
 pub struct Mostly {
     is: bool,
-    /// Turns that were so more than others, between 0 and [`TURNS_TO_CHANGE`].
+    /// How many more were so than not, between 0 and [`TO_CHANGE`].
     lead: u32,
 }
 
 impl Mostly {
     /// Takes note of a turn.
     pub fn note(&mut self, is: bool) {
-        self.lead =
-            if is { (self.lead + 1).min(TURNS_TO_CHANGE) } else { self.lead.saturating_sub(1) };
+        self.note_each(1, is);
+    }
+
+    /// Takes note of `count` that were alike.
+    pub fn note_each(&mut self, count: u32, is: bool) {
+        let lead = self.lead;
+        self.lead = if is { (lead + count).min(TO_CHANGE) } else { lead.saturating_sub(count) };
         self.is = match self.lead {
             0 => false,
-            TURNS_TO_CHANGE => true,
+            TO_CHANGE => true,
             _ => self.is,
         };
     }

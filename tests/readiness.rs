@@ -10,7 +10,7 @@ mod forged;
 mod support;
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
 use nsplice::config::SocketOptions;
 use nsplice::engine::uring::Uring;
@@ -26,11 +27,11 @@ use nsplice::flow::half::BUFFER_BYTES;
 use nsplice::flow::{Op, Side};
 use support::calls::{SIOCATMARK, int_ioctl};
 use support::streams::{Random, accept, connect};
-use support::{Launch, PATIENCE, eventually, namespaces, skip};
+use support::{Forwarder, Launch, Netns, PATIENCE, eventually, namespaces, skip};
 
 /// Connections that make an engine busy: enough receives a turn.
 const BUSY: usize = 4;
-/// Turns after which it knows that.
+/// Turns after which it surely knows that.
 const ROUNDS: usize = 150;
 
 const MESSAGE: [u8; 64] = [7; 64];
@@ -39,6 +40,8 @@ const MESSAGE: [u8; 64] = [7; 64];
 struct Worker {
     engine: Uring,
     near: Vec<OwnedFd>,
+    /// By slot.
+    generations: Vec<u32>,
     /// The least number of its sockets. No other test's have such: the least that is free is the
     /// one that was closed last.
     numbers: i32,
@@ -57,11 +60,13 @@ impl Worker {
             busy_poll_us: 0,
         });
         let numbers = 256 + 8 * WORKERS.fetch_add(1, Ordering::Relaxed);
-        Self { engine: engine.unwrap(), near: Vec::new(), numbers }
+        let (near, generations) = (Vec::new(), vec![0; 2 * BUSY]);
+        Self { engine: engine.unwrap(), near, generations, numbers }
     }
 
-    fn token(slot: usize, op: fn(Side) -> Op) -> Token {
-        Token::Flow { index: slot as u32, generation: 1, op: op(Side::Listen) }
+    fn token(&self, slot: usize, op: fn(Side) -> Op) -> Token {
+        let generation = self.generations[slot];
+        Token::Flow { index: slot as u32, generation, op: op(Side::Listen) }
     }
 
     fn connection(&mut self) -> TcpStream {
@@ -77,7 +82,7 @@ impl Worker {
     }
 
     fn wait_for(&mut self, slot: usize) {
-        self.engine.readable(Self::token(slot, Op::Readable), &self.near[slot]);
+        self.engine.readable(self.token(slot, Op::Readable), &self.near[slot]);
     }
 
     /// The next completion, in a limited time.
@@ -114,7 +119,7 @@ impl Worker {
 
     #[track_caller]
     fn receive(&mut self, slot: usize) -> (Result<Option<u32>, Errno>, bool) {
-        self.engine.recv(Self::token(slot, Op::Recv), &self.near[slot]);
+        self.engine.recv(self.token(slot, Op::Recv), &self.near[slot]);
         let (index, outcome) = self.next();
         let Outcome::Received { result, more } = outcome else { panic!("{outcome:?}") };
         assert_eq!(index, slot);
@@ -151,23 +156,21 @@ impl Worker {
     }
 }
 
-/// A worker whose connections have had short messages for a while.
-fn busy_worker() -> Option<(Worker, Vec<TcpStream>)> {
-    let mut worker = Worker::new();
-    let mut far: Vec<_> = (0..BUSY).map(|_| worker.connection()).collect();
-    for _ in 0..ROUNDS {
+/// Sends short messages, one on each connection in a turn.
+fn send_messages(worker: &mut Worker, far: &mut [TcpStream], rounds: usize) {
+    for _ in 0..rounds {
         for (slot, far) in far.iter_mut().enumerate() {
             worker.wait_for(slot);
             far.write_all(&MESSAGE).unwrap();
         }
-        let mut readable: Vec<_> = (0..BUSY).map(|_| worker.next()).collect();
+        let mut readable: Vec<_> = far.iter().map(|_| worker.next()).collect();
         readable.sort_by_key(|(slot, _)| *slot);
         for (slot, (index, outcome)) in readable.into_iter().enumerate() {
             assert!(matches!(outcome, Outcome::Readable(Ok(false))), "{outcome:?}");
             assert_eq!(index, slot);
-            worker.engine.recv(Worker::token(slot, Op::Recv), &worker.near[slot]);
+            worker.engine.recv(worker.token(slot, Op::Recv), &worker.near[slot]);
         }
-        for _ in 0..BUSY {
+        for _ in &*far {
             let (_, outcome) = worker.next();
             let Outcome::Received { result: Ok(Some(buffer)), more: false } = outcome else {
                 panic!("{outcome:?}")
@@ -176,6 +179,13 @@ fn busy_worker() -> Option<(Worker, Vec<TcpStream>)> {
             worker.engine.give_back(buffer);
         }
     }
+}
+
+/// A worker whose connections have had short messages for a while.
+fn busy_worker() -> Option<(Worker, Vec<TcpStream>)> {
+    let mut worker = Worker::new();
+    let mut far: Vec<_> = (0..BUSY).map(|_| worker.connection()).collect();
+    send_messages(&mut worker, &mut far, ROUNDS);
     (worker.members() == BUSY).then_some((worker, far))
 }
 
@@ -328,30 +338,84 @@ fn what_a_receive_leaves_is_told_at_once() {
     }
 }
 
+/// Ends the connection, with a reset or a FIN.
+fn end(far: TcpStream, reset: bool) {
+    let linger = libc::linger { l_onoff: reset.into(), l_linger: 0 };
+    setsockopt(&far, sockopt::Linger, &linger).unwrap();
+}
+
+fn wait_for_end(near: &OwnedFd) {
+    let end = PollFlags::from_bits_retain(libc::POLLRDHUP);
+    let mut fds = [PollFd::new(near.as_fd(), end)];
+    assert_eq!(poll(&mut fds, PollTimeout::try_from(PATIENCE).unwrap()), Ok(1));
+}
+
 #[test]
 fn an_end_and_a_reset_are_told() {
-    for reset in [false, true] {
-        for before in [false, true] {
-            busy!(worker, far);
-            let end = |far: TcpStream| {
-                let linger = libc::linger { l_onoff: reset.into(), l_linger: 0 };
-                setsockopt(&far, sockopt::Linger, &linger).unwrap();
-            };
-            if before {
-                end(far.remove(0));
-                let mut fds = [PollFd::new(worker.near[0].as_fd(), PollFlags::POLLIN)];
-                poll(&mut fds, PollTimeout::try_from(PATIENCE).unwrap()).unwrap();
-                worker.wait_for(0);
-            } else {
-                worker.wait_for(0);
-                worker.assert_silent();
-                end(far.remove(0));
-            }
-            assert_eq!(worker.told(0), Ok(false));
-            let ended = if reset { Err(Errno::ECONNRESET) } else { Ok(None) };
-            assert_eq!(worker.receive(0).0, ended);
+    for (reset, before) in [(false, false), (false, true), (true, false), (true, true)] {
+        busy!(worker, far);
+        if before {
+            end(far.remove(0), reset);
+            wait_for_end(&worker.near[0]);
+            worker.wait_for(0);
+        } else {
+            worker.wait_for(0);
+            worker.assert_silent();
+            end(far.remove(0), reset);
         }
+        assert_eq!(worker.told(0), Ok(false));
+        let ended = if reset { Err(Errno::ECONNRESET) } else { Ok(None) };
+        assert_eq!(worker.receive(0).0, ended);
     }
+}
+
+/// What a receive of the bytes before it does not tell.
+#[test]
+fn an_end_and_a_reset_behind_bytes_are_told() {
+    for (reset, told_before) in [(false, false), (false, true), (true, false), (true, true)] {
+        busy!(worker, far);
+        // Another one waits, so that the set is read.
+        worker.wait_for(1);
+        worker.wait_for(0);
+        worker.assert_silent();
+        far[0].write_all(b"abc").unwrap();
+        if told_before {
+            assert_eq!(worker.told(0), Ok(false));
+        }
+        end(far.remove(0), reset);
+        wait_for_end(&worker.near[0]);
+        if told_before {
+            // Reported while nobody waits for it.
+            worker.assert_silent();
+        } else {
+            assert_eq!(worker.told(0), Ok(false));
+        }
+        assert_eq!(worker.receive(0).0, Ok(Some(3)));
+        worker.wait_for(0);
+        assert_eq!(worker.told(0), Ok(false));
+        let ended = if reset { Err(Errno::ECONNRESET) } else { Ok(None) };
+        assert_eq!(worker.receive(0).0, ended);
+    }
+}
+
+#[test]
+fn wake_ups_for_nothing_make_no_kernel_worker() {
+    busy!(worker, far);
+    worker.wait_for(1);
+    for _ in 0..400 {
+        far[0].write_all(b"a").unwrap();
+        wait_for_bytes(&worker.near[0], 1);
+        assert_eq!(worker.engine.recv_urgent(&worker.near[0]), Ok(Some(b'a')));
+        worker.engine.wait(Sleep::ForMs(1)).unwrap();
+        let told = worker.engine.completion();
+        assert!(told.is_none(), "{told:?}");
+    }
+    let threads = std::fs::read_dir("/proc/self/task").unwrap();
+    let names = threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("comm")));
+    let mine = format!("iou-wrk-{}", nix::unistd::gettid());
+    assert!(!names.flatten().any(|name| name.trim() == mine), "the kernel has made {mine}");
+    far[1].write_all(b"b").unwrap();
+    assert_eq!(worker.told(1), Ok(false));
 }
 
 #[test]
@@ -359,7 +423,7 @@ fn a_wait_that_is_cancelled_completes_once_and_loses_nothing() {
     busy!(worker, far);
     worker.wait_for(0);
     worker.assert_silent();
-    worker.engine.cancel(Worker::token(0, Op::Readable));
+    worker.engine.cancel(worker.token(0, Op::Readable));
     assert_eq!(worker.told(0), Err(Errno::ECANCELED));
     worker.assert_silent();
     far[0].write_all(b"abc").unwrap();
@@ -373,13 +437,14 @@ fn a_wait_that_is_cancelled_completes_once_and_loses_nothing() {
 #[test]
 fn a_connection_with_the_slot_and_the_number_of_one_that_was_closed_is_another() {
     busy!(worker, far);
-    // One waits for ever, so that the set is read.
-    worker.wait_for(1);
     for _ in 0..10 {
+        // Another one waits, so that the set is read.
+        worker.wait_for(1);
         let closed = worker.near[0].as_raw_fd();
         let _ = far[0].write_all(b"for the old one");
         let socket = worker.near.remove(0);
         worker.engine.close(socket);
+        worker.generations[0] += 1;
         worker.assert_silent();
         let fresh = worker.connection();
         let socket = worker.near.pop().unwrap();
@@ -393,9 +458,15 @@ fn a_connection_with_the_slot_and_the_number_of_one_that_was_closed_is_another()
         worker.take(0, 3);
         worker.wait_for(0);
         worker.assert_silent();
-        far[0].shutdown(Shutdown::Write).unwrap();
+        far[0].write_all(b"d").unwrap();
         assert_eq!(worker.told(0), Ok(false));
-        assert_eq!(worker.receive(0).0, Ok(None));
+        worker.take(0, 1);
+        far[1].write_all(b"e").unwrap();
+        assert_eq!(worker.told(1), Ok(false));
+        worker.take(1, 1);
+        // It joins as the other one did.
+        send_messages(&mut worker, &mut far, 5);
+        assert_eq!(worker.members(), BUSY);
     }
 }
 
@@ -501,37 +572,65 @@ fn exchange_marked(stream: &TcpStream, random: &mut Random, messages: usize) {
     }
 }
 
+/// A program with one worker, and both ends of connections through it. Those of clients are in its
+/// set: they have had short messages, all at once.
+struct Busy {
+    forwarder: Forwarder,
+    pairs: Vec<(TcpStream, TcpStream)>,
+}
+
+impl Busy {
+    fn start(clients: &Netns, targets: &Netns, connections: usize) -> Self {
+        let listener = targets.listen("127.0.0.1:0");
+        let forwarder = Launch::nsplice()
+            .listen_netns(clients)
+            .connect_netns(targets)
+            .listen(([127, 0, 0, 1], 0))
+            .connect(listener.local_addr().unwrap())
+            .option("--workers", "1")
+            .start();
+        let connect = |_| (clients.enter(|| connect(forwarder.address())), accept(&listener));
+        let mut pairs: Vec<_> = (0..connections).map(connect).collect();
+        let connector = forwarder.connector();
+        let mut got = MESSAGE;
+        for _ in 0..ROUNDS {
+            connector.stop();
+            pairs.iter_mut().for_each(|(client, _)| client.write_all(&MESSAGE).unwrap());
+            connector.signal(Signal::SIGCONT);
+            pairs.iter_mut().for_each(|(_, server)| server.read_exact(&mut got).unwrap());
+        }
+        assert!(connector.count_in_sets() >= connections || !reads_sets());
+        Self { forwarder, pairs }
+    }
+}
+
+#[test]
+fn ends_and_resets_behind_bytes_are_passed_on_by_a_busy_worker() {
+    namespaces!(clients, targets);
+    for reset in [false, true] {
+        let Busy { forwarder, pairs } = Busy::start(&clients, &targets, 32);
+        let mut got = MESSAGE;
+        for (mut client, mut server) in pairs {
+            client.write_all(&MESSAGE).unwrap();
+            end(client, reset);
+            server.read_exact(&mut got).unwrap();
+            let ended = server.read(&mut got).map_err(|error| error.raw_os_error());
+            assert_eq!(ended, if reset { Err(Some(libc::ECONNRESET)) } else { Ok(0) });
+        }
+        forwarder.stop().assert_clean();
+    }
+}
+
 #[test]
 fn urgent_bytes_keep_their_places_on_the_sockets_of_a_busy_worker() {
-    const CONNECTIONS: usize = 16;
     namespaces!(clients, targets);
-    let listener = targets.listen("127.0.0.1:0");
-    let forwarder = Launch::nsplice()
-        .listen_netns(&clients)
-        .connect_netns(&targets)
-        .listen(([127, 0, 0, 1], 0))
-        .connect(listener.local_addr().unwrap())
-        .option("--workers", "1")
-        .start();
-    let mut in_set = 0;
+    let Busy { forwarder, pairs } = Busy::start(&clients, &targets, 16);
     std::thread::scope(|scope| {
-        let pairs: Vec<_> = (0..CONNECTIONS)
-            .map(|_| (clients.enter(|| connect(forwarder.address())), accept(&listener)))
-            .collect();
-        let threads: Vec<_> = pairs
-            .into_iter()
-            .enumerate()
-            .map(|(index, (client, server))| {
-                scope.spawn(move || echo(server));
-                let mut random = Random(index as u64);
-                scope.spawn(move || exchange_marked(&client, &mut random, 400))
-            })
-            .collect();
-        while !threads.iter().all(|thread| thread.is_finished()) {
-            in_set = in_set.max(forwarder.connector().count_in_sets());
-            std::thread::sleep(std::time::Duration::from_millis(1));
+        for (index, (client, server)) in pairs.into_iter().enumerate() {
+            scope.spawn(move || echo(server));
+            let mut random = Random(index as u64);
+            scope.spawn(move || exchange_marked(&client, &mut random, 400));
         }
     });
     forwarder.stop().assert_clean();
-    assert!(in_set > 0 || !reads_sets(), "none was in the set");
 }

@@ -234,7 +234,7 @@ impl Engine for Uring {
     }
 
     fn readable(&mut self, token: Token, socket: &OwnedFd) {
-        if self.readiness.wait_for(token, socket) {
+        if self.readiness.wait_for(token) {
             return;
         }
         // Two in a chain. The first waits, but what it reports are the events its wake-up names,
@@ -356,8 +356,8 @@ impl Engine for Uring {
             self.inbox.clear();
         }
         self.inbox.extend(self.ring.completion());
-        if let Some(read) = self.readiness.turn()? {
-            self.push_chain(&[read]);
+        if let Some(entry) = self.readiness.turn()? {
+            self.push_chain(&[entry]);
         }
         let sleep = if self.readiness.has_news() { Sleep::No } else { sleep };
         let spins = sleep != Sleep::No && !self.busy_poll.is_zero();

@@ -1,18 +1,19 @@
 //! A ring that reads an epoll set: when it reports what, and in which order.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use io_uring::types::Fd;
 use io_uring::{cqueue, opcode, squeue};
+use nix::poll::PollFlags;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::{MsgFlags, send};
 
 use super::forged::urgent_behind_a_gap;
 use super::ring::{Done, Ring, recv};
-use super::{connection, reset_by_peer, wait_for_bytes};
+use super::{connection, reset_by_peer, wait_for, wait_for_bytes};
 use crate::support::{namespaces, skip};
 
 const READ: u64 = 1;
@@ -69,6 +70,16 @@ macro_rules! reader {
     ($name:ident) => {
         let Some(mut $name) = Reader::new() else { skip!("the ring reads no sets") };
     };
+}
+
+/// Whether the kernel has made a worker for the calling thread's rings.
+fn has_kernel_worker() -> bool {
+    let worker = format!("iou-wrk-{}", nix::unistd::gettid());
+    let mut threads = std::fs::read_dir("/proc/self/task").unwrap();
+    threads.any(|thread| {
+        let name = std::fs::read_to_string(thread.unwrap().path().join("comm"));
+        name.is_ok_and(|name| name.trim() == worker)
+    })
 }
 
 fn send_urgent(socket: &TcpStream) {
@@ -158,6 +169,51 @@ fn what_has_come_since_a_receive_that_left_nothing_is_reported_also_to_a_later_r
         let done = reader.ring.next();
         assert_eq!(reader.reports(&done)[0].0, near.as_raw_fd(), "a flow waits for ever");
     }
+}
+
+#[test]
+fn a_reset_that_was_reported_is_told_neither_by_a_receive_of_the_bytes_before_it_nor_again() {
+    reader!(reader);
+    let (near, mut far) = connection();
+    reader.add(&near);
+    far.write_all(b"abc").unwrap();
+    reset_by_peer(far);
+    wait_for(&near, PollFlags::POLLHUP);
+    let read = reader.read();
+    reader.ring.start(READ, read);
+    let done = reader.ring.next();
+    let events = reader.reports(&done)[0].1;
+    assert!(events.contains(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP), "a flow waits for ever");
+    let done = reader.take(&near);
+    assert_eq!(done.result, Ok(3));
+    assert!(
+        !cqueue::sock_nonempty(done.flags),
+        "a receive tells of the reset: Readiness need not part with the socket; nothing breaks"
+    );
+    let read = reader.read();
+    reader.ring.start(READ, read);
+    assert_eq!(reader.ring.done(), [], "the same; nothing breaks");
+}
+
+#[test]
+fn a_reading_that_wakes_up_for_nothing_128_times_is_given_to_a_kernel_worker() {
+    reader!(reader);
+    let (mut near, mut far) = connection();
+    reader.add(&near);
+    let read = reader.read();
+    reader.ring.start(READ, read);
+    for wakeup in 1..=1000 {
+        far.write_all(b"a").unwrap();
+        wait_for_bytes(&near, 1);
+        near.read_exact(&mut [0]).unwrap();
+        let done = reader.ring.done();
+        if has_kernel_worker() {
+            assert!(wakeup > 100, "after {wakeup}: Readiness makes it anew too late");
+            return;
+        }
+        assert_eq!(done, [], "a wake-up for nothing is reported: a flow spins");
+    }
+    panic!("it never is: Readiness need not make it anew; nothing breaks");
 }
 
 #[test]

@@ -10,7 +10,8 @@
 //! of its own. Both the receives and the reading of the set are done by the thread that enters the
 //! kernel, one after the other, and complete in that order (tests/kernel/reading.rs): a report that
 //! comes before a receive's completion is of bytes that this has taken, one that comes after it is
-//! not.
+//! not. A failure is no byte, and a receive of what came before it does not tell of it: a socket
+//! that is reported to have failed leaves the set.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -32,8 +33,7 @@ pub(super) const READ: u64 = u64::MAX;
 /// Reports taken with one reading; more wait for the next.
 const REPORTS: usize = 256;
 
-/// Receives that make a turn one with many: one alone gains nothing by a reading. Turns without
-/// any, in which flows wait and send, do not count.
+/// Receives that make a turn one with many: one alone gains nothing by a reading.
 const MANY_RECEIVES: u32 = 2;
 
 /// Short messages in a row, beside reports that nobody waited for, after which a socket joins the
@@ -43,19 +43,29 @@ const MESSAGES_TO_JOIN: u8 = 4;
 /// The most that counts of them. After as many reports that nobody waited for it leaves the set.
 const MESSAGES_MAX: u8 = 8;
 
+/// A reading that has had nothing to report for so many turns is made anew. After 128 wake-ups for
+/// nothing, of which a turn brings one at most, the kernel would give it to a worker of its own.
+const TURNS_TO_READ: u32 = 100;
+
 /// What a set reports of a socket. Failures and the end come without being asked for.
 const EVENTS: EpollFlags =
     EpollFlags::EPOLLIN.union(EpollFlags::EPOLLPRI).union(EpollFlags::EPOLLET);
 
 /// What must be among the events of a report for something to be there to be read. An urgent byte
 /// may be announced before those that come first.
-const READABLE: EpollFlags =
-    EpollFlags::EPOLLIN.union(EpollFlags::EPOLLERR).union(EpollFlags::EPOLLHUP);
+const READABLE: EpollFlags = EpollFlags::EPOLLIN.union(FAILED);
 
-/// What is known of a socket in the set.
+/// The socket has failed, or has something in its error queue.
+const FAILED: EpollFlags = EpollFlags::EPOLLERR.union(EpollFlags::EPOLLHUP);
+
+/// What is known of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// There may be something to read.
+    /// It is not in the set.
+    Out,
+    /// It cannot be.
+    Barred,
+    /// It is in the set, and there may be something to read.
     Unknown,
     /// What comes is reported; nothing was there before.
     Empty,
@@ -63,20 +73,20 @@ enum State {
     Awaited,
     /// It has come, and nobody has asked for it yet.
     Readable { urgent: bool },
-    /// The socket cannot be in the set.
-    Apart,
 }
 
-/// Where the receives of one side of a slot are made.
+/// The socket that one side of a slot's flow receives from.
 #[derive(Clone, Copy, Debug)]
 struct Place {
+    /// The flow's.
+    generation: u32,
     fd: RawFd,
     state: State,
     /// See [`MESSAGES_TO_JOIN`].
     messages: u8,
 }
 
-const NOWHERE: Place = Place { fd: -1, state: State::Unknown, messages: 0 };
+const NOWHERE: Place = Place { generation: u32::MAX, fd: -1, state: State::Out, messages: 0 };
 
 /// What [`Readiness::next`] tells: the request, and whether an urgent byte has arrived.
 pub(super) type Report = (Token, Result<bool, Errno>);
@@ -94,8 +104,11 @@ pub(super) struct Readiness {
     awaited: u32,
     /// Since the last turn.
     receives: u32,
+    /// Most receives are made in turns with many.
     many: Mostly,
     failure: Option<Errno>,
+    /// Turns that [`READ`] has been in flight.
+    turns_read: u32,
     news: VecDeque<Report>,
 }
 
@@ -112,27 +125,31 @@ impl Readiness {
             receives: 0,
             many: Mostly::default(),
             failure: None,
+            turns_read: 0,
             news: VecDeque::with_capacity(REPORTS),
         }
     }
 
-    /// A turn begins. Returns the request to read the set, if there is need: to be submitted after
-    /// all others, for what these receive is not to be reported. The engine must keep `self` until
-    /// the ring is gone.
+    /// A turn begins. Returns the request to read the set, or to end that, if there is need: to be
+    /// submitted after all others, for what these receive is not to be reported. The engine must
+    /// keep `self` until the ring is gone.
     ///
     /// # Errors
     /// What the last reading failed with. Nothing that is waited for would ever be reported.
     pub(super) fn turn(&mut self) -> Result<Option<squeue::Entry>, Errno> {
         let receives = std::mem::take(&mut self.receives);
-        if receives > 0 {
-            self.many.note(receives >= MANY_RECEIVES);
-        }
+        self.many.note_each(receives, receives >= MANY_RECEIVES);
         if let Some(errno) = self.failure {
             return Err(errno);
         }
-        let is_wanted = self.awaited > 0 && !self.is_reading;
-        let Some(set) = self.set.as_ref().filter(|_| is_wanted) else { return Ok(None) };
-        self.is_reading = true;
+        if self.is_reading {
+            self.turns_read += 1;
+            let is_old = self.turns_read == TURNS_TO_READ;
+            let cancel = opcode::AsyncCancel::new(READ).build().flags(squeue::Flags::SKIP_SUCCESS);
+            return Ok(is_old.then(|| cancel.user_data(Token::Ignored.encode())));
+        }
+        let Some(set) = self.set.as_ref().filter(|_| self.awaited > 0) else { return Ok(None) };
+        (self.is_reading, self.turns_read) = (true, 0);
         let events = self.events.as_mut_ptr().cast();
         let read = opcode::EpollWait::new(Fd(set.as_raw_fd()), events, REPORTS as u32);
         Ok(Some(read.build().user_data(READ)))
@@ -143,7 +160,7 @@ impl Readiness {
         self.is_reading = false;
         match result {
             Ok(count) => (0..count as usize).for_each(|index| self.on_report(self.events[index])),
-            Err(Errno::EINTR | Errno::EAGAIN | Errno::ENOMEM) => {}
+            Err(Errno::EINTR | Errno::EAGAIN | Errno::ENOMEM | Errno::ECANCELED) => {}
             Err(errno) => self.failure = Some(errno),
         }
     }
@@ -151,10 +168,13 @@ impl Readiness {
     /// A receive is made.
     pub(super) fn receiving(&mut self, token: Token, socket: &OwnedFd) {
         self.receives += 1;
-        let fd = socket.as_raw_fd();
-        let place = self.place(token);
-        if place.fd != fd {
-            *place = Place { fd, ..NOWHERE };
+        let Some((index, side, generation)) = position(token) else { return };
+        if index >= self.places.len() {
+            self.places.resize(index + 1, [NOWHERE; 2]);
+        }
+        let place = &mut self.places[index][side];
+        if place.generation != generation {
+            *place = Place { generation, fd: socket.as_raw_fd(), ..NOWHERE };
         }
     }
 
@@ -163,36 +183,35 @@ impl Readiness {
         // Only TCP says so, and that is what joins the set.
         let is_empty = !more && result.is_ok_and(|length| (1..BUFFER_BYTES).contains(&length));
         let is_many = self.many.is();
-        let place = self.place(token);
-        if place.state == State::Apart {
+        let Some(place) = self.place(token).filter(|place| place.state != State::Barred) else {
             return;
-        }
-        place.state = State::Unknown;
+        };
         place.messages = if is_empty { (place.messages + 1).min(MESSAGES_MAX) } else { 0 };
-        let Place { fd, messages, .. } = *place;
-        if !is_empty {
-            return;
-        }
-        let is_member = self.set.as_ref().is_some_and(|set| set.has(fd));
-        if is_member || is_many && messages >= MESSAGES_TO_JOIN && self.join(token, fd) {
-            self.place(token).state = State::Empty;
-        }
+        place.state = match place.state {
+            State::Out if is_many && place.messages >= MESSAGES_TO_JOIN => return self.join(token),
+            State::Out => State::Out,
+            _ if is_empty => State::Empty,
+            _ => State::Unknown,
+        };
     }
 
     /// Waits for something to read, which [`Readiness::next`] tells. False if that is not to be
     /// done here.
-    pub(super) fn wait_for(&mut self, token: Token, socket: &OwnedFd) -> bool {
+    pub(super) fn wait_for(&mut self, token: Token) -> bool {
         let is_many = self.many.is();
-        let is_member = self.set.as_ref().is_some_and(|set| set.has(socket.as_raw_fd()));
-        if !is_member {
-            return false;
-        }
-        let state = &mut self.place(token).state;
-        match std::mem::replace(state, State::Unknown) {
-            State::Readable { urgent } => self.news.push_back((token, Ok(urgent))),
+        let Some(place) = self.place(token) else { return false };
+        match place.state {
+            State::Readable { urgent } => {
+                place.state = State::Unknown;
+                self.news.push_back((token, Ok(urgent)));
+            }
             State::Empty if is_many => {
-                *state = State::Awaited;
+                place.state = State::Awaited;
                 self.awaited += 1;
+            }
+            State::Empty => {
+                place.state = State::Unknown;
+                return false;
             }
             _ => return false,
         }
@@ -201,11 +220,13 @@ impl Readiness {
 
     /// Ends a wait early; it is told by [`Readiness::next`]. False if there is none here.
     pub(super) fn cancel(&mut self, token: Token) -> bool {
-        let is_awaited = self.is_awaited(token);
-        if is_awaited {
+        let is_wait = matches!(token, Token::Flow { op: Op::Readable(_), .. });
+        let is_awaited = |place: &mut Place| place.state == State::Awaited;
+        let is_here = is_wait && self.place(token).is_some_and(is_awaited);
+        if is_here {
             self.tell(token, Err(Errno::ECANCELED));
         }
-        is_awaited
+        is_here
     }
 
     /// The socket is to be closed.
@@ -226,63 +247,71 @@ impl Readiness {
     }
 
     fn on_report(&mut self, event: EpollEvent) {
-        // The name of whoever joined. That flow may be gone, and its slot another's by now: then
-        // the socket has left the set, and is none that is waited for.
+        // The name of whoever joined. That flow may be gone, and its slot another's by now.
         let token = Token::decode(event.data());
         let events = event.events();
-        let Place { fd, state, messages } = *self.place(token);
         let urgent = events.contains(EpollFlags::EPOLLPRI);
-        let Some(set) = self.set.as_mut().filter(|set| set.has(fd)) else { return };
-        match state {
+        let Some(place) = self.place(token) else { return };
+        let mut leaves = events.intersects(FAILED);
+        match place.state {
             _ if !events.intersects(READABLE) => {}
             State::Awaited => self.tell(token, Ok(urgent)),
-            State::Empty | State::Readable { .. } => {
-                self.place(token).state = State::Readable { urgent };
+            State::Empty | State::Readable { .. } => place.state = State::Readable { urgent },
+            State::Unknown => {
+                place.messages = place.messages.saturating_sub(1);
+                leaves |= place.messages == 0;
             }
-            State::Unknown if messages <= 1 => {
-                set.leave(fd);
-                self.place(token).messages = 0;
-            }
-            State::Unknown => self.place(token).messages = messages - 1,
-            State::Apart => {}
+            State::Out | State::Barred => {}
+        }
+        if leaves {
+            self.leave(token);
+        }
+    }
+
+    /// Nothing of the socket is reported any more. What was and is not told yet, a wait of its own
+    /// will tell.
+    fn leave(&mut self, token: Token) {
+        let Some(place) = self.place(token) else { return };
+        (place.state, place.messages) = (State::Out, 0);
+        let fd = place.fd;
+        if let Some(set) = &mut self.set {
+            set.leave(fd);
         }
     }
 
     fn tell(&mut self, token: Token, result: Result<bool, Errno>) {
-        self.place(token).state = State::Unknown;
+        if let Some(place) = self.place(token) {
+            place.state = State::Unknown;
+        }
         self.awaited -= 1;
         self.news.push_back((token, result));
     }
 
-    fn is_awaited(&self, token: Token) -> bool {
-        let Some((index, side)) = position(token) else { return false };
-        self.places.get(index).is_some_and(|places| places[side].state == State::Awaited)
-    }
-
     /// Has what comes reported. It takes memory, and there is a limit (epoll(7)); other sockets
-    /// than TCP's do not tell whether a receive left something. Returns whether it was done.
-    fn join(&mut self, token: Token, fd: RawFd) -> bool {
-        let Token::Flow { index, generation, op } = token else { return false };
-        let (Some(set), Some(side)) = (&mut self.set, op.side()) else { return false };
-        let name = Token::Flow { index, generation, op: Op::Readable(side) };
-        let has_joined = crate::sys::is_tcp(fd) && set.join(fd, EVENTS, name.encode()).is_ok();
-        if !has_joined {
-            self.place(token).state = State::Apart;
+    /// than TCP's do not tell whether a receive left something.
+    fn join(&mut self, token: Token) {
+        let Token::Flow { index, generation, op } = token else { return };
+        let (Some(side), Some(&mut Place { fd, .. })) = (op.side(), self.place(token)) else {
+            return;
+        };
+        let name = Token::Flow { index, generation, op: Op::Readable(side) }.encode();
+        let set = self.set.as_mut().filter(|_| crate::sys::is_tcp(fd));
+        let has_joined = set.is_some_and(|set| set.join(fd, EVENTS, name).is_ok());
+        if let Some(place) = self.place(token) {
+            place.state = if has_joined { State::Empty } else { State::Barred };
         }
-        has_joined
     }
 
-    /// The place of a request that a flow makes on a side.
-    fn place(&mut self, token: Token) -> &mut Place {
-        let (index, side) = position(token).unwrap_or_default();
-        if index >= self.places.len() {
-            self.places.resize(index + 1, [NOWHERE; 2]);
-        }
-        &mut self.places[index][side]
+    /// The place of the flow's side, if it has received something.
+    fn place(&mut self, token: Token) -> Option<&mut Place> {
+        let (index, side, generation) = position(token)?;
+        let place = &mut self.places.get_mut(index)?[side];
+        (place.generation == generation).then_some(place)
     }
 }
 
-fn position(token: Token) -> Option<(usize, usize)> {
-    let Token::Flow { index, op, .. } = token else { return None };
-    Some((index as usize, op.side()?.index()))
+/// Slot, side and generation.
+fn position(token: Token) -> Option<(usize, usize, u32)> {
+    let Token::Flow { index, generation, op } = token else { return None };
+    Some((index as usize, op.side()?.index(), generation))
 }
