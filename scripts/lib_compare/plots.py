@@ -115,8 +115,8 @@ def curve_panels(found, points, ticks, x):
     ]
 
 
-def curves(found, points, ticks, title, x):
-    note = "request and response of the same size; " + SPREAD.format("shaded bands")
+def curves(found, points, ticks, title, x, what="request and response of the same size"):
+    note = f"{what}; " + SPREAD.format("shaded bands")
     legend = [style(found, contender) for contender in contenders_of(found, points)]
     return svg.curves(title, note, curve_panels(found, points, ticks, x), legend)
 
@@ -133,6 +133,12 @@ def connection_points(found):
     return sorted((works.work(name).connections, name) for name in names)
 
 
+def opened_points(found):
+    """[(connections at a time, work)] of the curve over connections that come and go."""
+    names = [name for name in found.works if re.fullmatch(r"crr-\d+", name)]
+    return sorted((works.work(name).connections, name) for name in names)
+
+
 def sizes(found):
     points = size_points(found)
     ticks = [(size, works.size_name(size)) for size, _ in points]
@@ -143,3 +149,10 @@ def connections(found):
     points = connection_points(found)
     ticks = [(count, f"{count:,}") for count, _ in points]
     return curves(found, points, ticks, "Connections, 64 B messages", "connections, logarithmic")
+
+
+def opened(found):
+    points = opened_points(found)
+    ticks = [(count, f"{count:,}") for count, _ in points]
+    title, x = "Connections that come and go", "connections at a time, logarithmic"
+    return curves(found, points, ticks, title, x, "connect, 64 bytes there and back, close")

@@ -86,6 +86,7 @@ def draw(found):
     for name, points, plot in (
         ("sizes.svg", plots.size_points(found), plots.sizes),
         ("connections.svg", plots.connection_points(found), plots.connections),
+        ("opened.svg", plots.opened_points(found), plots.opened),
     ):
         if len(points) > 2:
             pictures[name] = plot(found)
@@ -101,7 +102,8 @@ def measured(found, pinned, pictures):
     parts += ["### To reach", goals.tables(found, pinned)]
     names = main_works(found)
     parts += ["### Each work", *images(pictures, "rates.svg", "costs.svg", "latencies.svg")]
-    curve_works = {name for _, name in plots.size_points(found) + plots.connection_points(found)}
+    points = (plots.size_points, plots.connection_points, plots.opened_points)
+    curve_works = {name for of_curve in points for _, name in of_curve(found)}
     shown = names + [name for name in found.works if name not in curve_works | set(names)]
     for name in shown:
         parts += [f"#### {works.work(name).title} (`{name}`)", tables.of_work(found, name)]
@@ -109,6 +111,9 @@ def measured(found, pinned, pictures):
         parts += ["### Message size", *images(pictures, "sizes.svg"), size_table(found)]
     if "connections.svg" in pictures:
         parts += ["### Connections", *images(pictures, "connections.svg"), connection_table(found)]
+    if "opened.svg" in pictures:
+        parts += ["### Connections that come and go", *images(pictures, "opened.svg")]
+        parts.append(opened_table(found))
     if pinned.works:
         parts += ["### Client and server on CPUs of their own", conditions(pinned)]
         parts.append(tables.all_works(pinned, heading="####"))
@@ -133,6 +138,7 @@ def images(pictures, *names, folder="plots"):
         "rates.svg": "Bars: what goes through, each work", "costs.svg": "Bars: CPU, each work",
         "latencies.svg": "Bars: latency, each work", "sizes.svg": "Curves over message size",
         "connections.svg": "Curves over the number of connections",
+        "opened.svg": "Curves over the number of connections that come and go",
     }
     return [f"![{words[name]}]({folder}/{name})" for name in names if name in pictures]
 
@@ -198,11 +204,35 @@ def size_table(found):
 
 def connection_table(found):
     beside = [name for name in found.works if name.startswith("rr-64Bx1+idle")]
+    points = plots.connection_points(found)
     text = "Forwarder CPU in us for an operation:\n\n"
-    text += curve_table(found, plots.connection_points(found), "connections", "{:,}".format)
+    text += curve_table(found, points, "connections", "{:,}".format)
+    text += "\n\nWhat an operation costs, over what it costs the same with 100 connections:\n\n"
+    text += flat_table(found, points, 100)
     for name in beside:
         text += f"\n\n{works.work(name).title} (`{name}`):\n\n{tables.of_work(found, name)}"
     return text
+
+
+def opened_table(found):
+    points = plots.opened_points(found)
+    text = "Forwarder CPU in us for a connection, which is opened, has one exchange and ends:\n\n"
+    text += curve_table(found, points, "at a time", "{:,}".format)
+    text += "\n\nThe same, over what it is with 16 at a time:\n\n"
+    return text + flat_table(found, points, 16)
+
+
+def flat_table(found, points, base):
+    """Costs over those of the point at `base`: how flat the curves are."""
+    contenders = [name for name in plots.contenders_of(found, points) if name != "direct"]
+    of_base = dict(points).get(base)
+    rows = []
+    for contender in contenders:
+        unit = of_base and found.median(of_base, contender, "cpu")
+        costs = [found.median(name, contender, "cpu") for _, name in points]
+        cells = [f"{cost / unit:.2f}" if unit and cost is not None else "-" for cost in costs]
+        rows.append([found.title(contender), *cells])
+    return table(["contender", *(f"{count:,}" for count, _ in points)], rows)
 
 
 def curve_table(found, points, head, label, extra=None):
