@@ -165,6 +165,18 @@ fn exchange_messages_and_bulk<E: Start>() {
             });
             assert_eq!(asked, 0, "{}, {transfer:?}, messages of {bytes} bytes", E::NAME);
         }
+        // Many in a turn, for so long that the worker knows that it is busy.
+        let asked = observed.asked_for(|| {
+            let mut message = [7; 64];
+            for _ in 0..20 {
+                let all = || pairs.iter().map(|(client, server)| (client, server));
+                all().for_each(|(mut client, _)| client.write_all(&message).unwrap());
+                all().for_each(|(_, mut server)| server.read_exact(&mut message).unwrap());
+                all().for_each(|(_, mut server)| server.write_all(&message).unwrap());
+                all().for_each(|(mut client, _)| client.read_exact(&mut message).unwrap());
+            }
+        });
+        assert_eq!(asked, 0, "{}, {transfer:?}, many messages at a time", E::NAME);
         let asked = observed.asked_for(|| {
             let (client, server) = &pairs[0];
             std::thread::scope(|scope| {

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
@@ -10,6 +11,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, setsockopt, socket, sockopt,
 };
@@ -28,6 +30,8 @@ pub enum Way {
         engine: Option<&'static str>,
         transfer: &'static str,
         handoff: &'static str,
+        /// Its only worker has many short messages, and this connection has had some.
+        is_busy: bool,
     },
     /// netns_tcp_bridge.
     Reference,
@@ -52,13 +56,23 @@ pub const NSPLICE_ON_EPOLL: [Way; 3] = [
     nsplice(Some("epoll"), "splice", "socket"),
 ];
 
+/// A busy io_uring worker waits for its sockets in another way (`tests/readiness.rs`).
+pub const BUSY_NSPLICE: Way =
+    Way::Nsplice { engine: None, transfer: "auto", handoff: "socket", is_busy: true };
+
 const fn nsplice(
     engine: Option<&'static str>,
     transfer: &'static str,
     handoff: &'static str,
 ) -> Way {
-    Way::Nsplice { engine, transfer, handoff }
+    Way::Nsplice { engine, transfer, handoff, is_busy: false }
 }
+
+/// Connections beside that of a script, if the worker is to be busy.
+const CROWD: usize = 8;
+/// Rounds of messages on all of them, both ways, after which it is, and has seen enough of the
+/// script's.
+const ROUNDS: usize = 12;
 
 /// A listening server, and how clients reach it.
 pub struct Route {
@@ -67,6 +81,8 @@ pub struct Route {
     pub address: SocketAddr,
     pub clients: Netns,
     forwarder: Option<Between>,
+    /// Clients and servers of other connections.
+    crowd: Vec<(TcpStream, TcpStream)>,
 }
 
 /// A running forwarder.
@@ -100,12 +116,19 @@ impl Stage {
         let route = cached.unwrap_or_else(|| {
             let listener = self.targets.listen("127.0.0.1:0");
             set_receive_buffer(&listener, receive_bytes);
-            let route = Rc::new(self.route_to(Ok(listener)));
+            let mut route = self.route_to(Ok(listener));
+            if let Way::Nsplice { is_busy: true, .. } = self.way {
+                let crowd =
+                    (0..CROWD).filter_map(|_| Some((route.connect(None).ok()?, route.accept()?)));
+                route.crowd = crowd.collect();
+            }
+            let route = Rc::new(route);
             self.routes.borrow_mut().insert(receive_bytes, route.clone());
             route
         });
         let client = route.connect(receive_bytes).ok()?;
         let server = route.accept()?;
+        route.keep_busy(&client, &server);
         let given_up = Arc::new(AtomicBool::new(false));
         let end = |stream, side| End::new(stream, side, given_up.clone()).with_stall(stall);
         Some((end(client, 0), end(server, 1)))
@@ -128,7 +151,8 @@ impl Stage {
             Some(Between::Ours(forwarder)) => forwarder.address(),
             Some(Between::Other(running)) => running.address,
         };
-        Route { listener, address, clients: self.clients.clone(), forwarder }
+        let (clients, crowd) = (self.clients.clone(), Vec::new());
+        Route { listener, address, clients, forwarder, crowd }
     }
 
     fn forwarder_to(&self, target: SocketAddr) -> Option<Between> {
@@ -136,8 +160,9 @@ impl Stage {
             Way::Direct => return None,
             Way::Other(other) => return Some(Between::Other(other.start(&self.targets, target))),
             Way::Reference => Launch::new(Program::Reference),
-            Way::Nsplice { engine, transfer, handoff } => {
+            Way::Nsplice { engine, transfer, handoff, is_busy } => {
                 let launch = Launch::nsplice();
+                let launch = if is_busy { launch.option("--workers", "1") } else { launch };
                 let launch = launch.option("--transfer", transfer).option("--handoff", handoff);
                 engine.into_iter().fold(launch, Launch::engine)
             }
@@ -170,6 +195,34 @@ impl Route {
             connect(&socket, self.address)?;
             Ok(socket.into())
         })
+    }
+
+    /// Has the worker do with many messages in a turn, of which this connection has some.
+    fn keep_busy(&self, client: &TcpStream, server: &TcpStream) {
+        let Some(Between::Ours(forwarder)) =
+            self.forwarder.as_ref().filter(|_| !self.crowd.is_empty())
+        else {
+            return;
+        };
+        let connector = forwarder.connector();
+        let others = self.crowd.iter().map(|(client, server)| (client, server));
+        let pairs: Vec<_> = others.chain([(client, server)]).collect();
+        let mut message = [7; 64];
+        for _ in 0..ROUNDS {
+            for back in [false, true] {
+                // So that all are there when it goes on.
+                connector.stop();
+                let ends =
+                    |&(client, server)| if back { (server, client) } else { (client, server) };
+                for (mut from, _) in pairs.iter().map(ends) {
+                    from.write_all(&message).unwrap();
+                }
+                connector.signal(Signal::SIGCONT);
+                for (_, mut to) in pairs.iter().map(ends) {
+                    to.read_exact(&mut message).unwrap();
+                }
+            }
+        }
     }
 
     /// Begins to connect a client. Through a forwarder that succeeds, whatever the target does.

@@ -78,15 +78,18 @@ enum State {
 /// The socket that one side of a slot's flow receives from.
 #[derive(Clone, Copy, Debug)]
 struct Place {
-    /// The flow's.
-    generation: u32,
     fd: RawFd,
+    /// The flow's, as far as it tells one from those before it.
+    generation: u16,
     state: State,
     /// See [`MESSAGES_TO_JOIN`].
     messages: u8,
 }
 
-const NOWHERE: Place = Place { generation: u32::MAX, fd: -1, state: State::Out, messages: 0 };
+const NOWHERE: Place = Place { fd: -1, generation: 0, state: State::Out, messages: 0 };
+
+/// Connections whose places are not moved when there are more. Memory is used as they come.
+const ROOM: usize = 1 << 12;
 
 /// What [`Readiness::next`] tells: the request, and whether an urgent byte has arrived.
 pub(super) type Report = (Token, Result<bool, Errno>);
@@ -118,7 +121,7 @@ impl Readiness {
         Self {
             // Without one, waiting costs more, and works as well.
             set: can_read.then(Set::new).and_then(Result::ok),
-            places: Vec::new(),
+            places: Vec::with_capacity(ROOM),
             events: vec![EpollEvent::empty(); REPORTS].into(),
             is_reading: false,
             awaited: 0,
@@ -173,8 +176,9 @@ impl Readiness {
             self.places.resize(index + 1, [NOWHERE; 2]);
         }
         let place = &mut self.places[index][side];
-        if place.generation != generation {
-            *place = Place { generation, fd: socket.as_raw_fd(), ..NOWHERE };
+        let fd = socket.as_raw_fd();
+        if (place.fd, place.generation) != (fd, generation) {
+            *place = Place { fd, generation, ..NOWHERE };
         }
     }
 
@@ -306,12 +310,12 @@ impl Readiness {
     fn place(&mut self, token: Token) -> Option<&mut Place> {
         let (index, side, generation) = position(token)?;
         let place = &mut self.places.get_mut(index)?[side];
-        (place.generation == generation).then_some(place)
+        (place.fd >= 0 && place.generation == generation).then_some(place)
     }
 }
 
-/// Slot, side and generation.
-fn position(token: Token) -> Option<(usize, usize, u32)> {
+/// Slot, side, and the low bits of the generation.
+fn position(token: Token) -> Option<(usize, usize, u16)> {
     let Token::Flow { index, generation, op } = token else { return None };
-    Some((index as usize, op.side()?.index(), generation))
+    Some((index as usize, op.side()?.index(), generation as u16))
 }
