@@ -90,6 +90,7 @@ impl Uring {
                 // The request has done what it is for when its time is up.
                 Op::Pause => Outcome::Done(Ok(())),
                 Op::Readable(_) => {
+                    self.readiness.waited_apart();
                     let urgent = |events| events & libc::POLLPRI as u32 != 0;
                     Outcome::Readable(result.map(urgent))
                 }

@@ -30,8 +30,14 @@ use crate::mostly::Mostly;
 /// Names the request that reads the set. No token is encoded so.
 pub(super) const READ: u64 = u64::MAX;
 
-/// Reports taken with one reading; more wait for the next.
+/// Reports taken with one reading, at most and at least; more wait for the next. Between them it is
+/// as many as give each socket the same share (see [`Readiness::turn`]).
 const REPORTS: usize = 256;
+const REPORTS_MIN: u32 = 16;
+
+/// Sockets that a turn tells of which are waited for apart: the kernel does twenty tasks in an
+/// entry, and each takes two.
+const APART_IN_TURN: u32 = 10;
 
 /// Receives that make a turn one with many: one alone gains nothing by a reading.
 const MANY_RECEIVES: u32 = 2;
@@ -105,6 +111,8 @@ pub(super) struct Readiness {
     is_reading: bool,
     /// Requests that wait here.
     awaited: u32,
+    /// Requests of flows that wait for something to read elsewhere.
+    apart: u32,
     /// Since the last turn.
     receives: u32,
     /// Most receives are made in turns with many.
@@ -125,6 +133,7 @@ impl Readiness {
             events: vec![EpollEvent::empty(); REPORTS].into(),
             is_reading: false,
             awaited: 0,
+            apart: 0,
             receives: 0,
             many: Mostly::default(),
             failure: None,
@@ -154,7 +163,10 @@ impl Readiness {
         let Some(set) = self.set.as_ref().filter(|_| self.awaited > 0) else { return Ok(None) };
         (self.is_reading, self.turns_read) = (true, 0);
         let events = self.events.as_mut_ptr().cast();
-        let read = opcode::EpollWait::new(Fd(set.as_raw_fd()), events, REPORTS as u32);
+        // Else those in the set would be served in each turn, and the others in a few of them.
+        let fair = self.awaited.saturating_mul(APART_IN_TURN) / self.apart.max(1);
+        let reports = fair.clamp(REPORTS_MIN, REPORTS as u32);
+        let read = opcode::EpollWait::new(Fd(set.as_raw_fd()), events, reports);
         Ok(Some(read.build().user_data(READ)))
     }
 
@@ -199,9 +211,20 @@ impl Readiness {
         };
     }
 
-    /// Waits for something to read, which [`Readiness::next`] tells. False if that is not to be
-    /// done here.
+    /// Waits for something to read, which [`Readiness::next`] tells. False if that is to be done
+    /// elsewhere; [`Readiness::waited_apart`] when it has been.
     pub(super) fn wait_for(&mut self, token: Token) -> bool {
+        let is_here = self.waits_here(token);
+        self.apart += u32::from(!is_here);
+        is_here
+    }
+
+    /// A wait elsewhere is over.
+    pub(super) fn waited_apart(&mut self) {
+        self.apart = self.apart.saturating_sub(1);
+    }
+
+    fn waits_here(&mut self, token: Token) -> bool {
         let is_many = self.many.is();
         let Some(place) = self.place(token) else { return false };
         match place.state {
