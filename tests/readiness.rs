@@ -561,7 +561,7 @@ fn exchange_marked(stream: &TcpStream, random: &mut Random, messages: usize) {
     for _ in 0..messages {
         let length = random.next() as usize % 40 + 1;
         let mut message: Marked = (0..length).map(|_| (random.next() as u8, false)).collect();
-        if random.next() % 3 == 0 {
+        if random.next().is_multiple_of(3) {
             let at = random.next() as usize % length;
             message[at].1 = true;
         }
