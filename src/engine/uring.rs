@@ -235,7 +235,7 @@ impl Engine for Uring {
     }
 
     fn readable(&mut self, token: Token, socket: &OwnedFd) {
-        if self.readiness.wait_for(token) {
+        if self.readiness.wait_for(token, socket) {
             return;
         }
         // Two in a chain. The first waits, but what it reports are the events its wake-up names,

@@ -156,7 +156,7 @@ impl Readiness {
         }
         if self.is_reading {
             self.turns_read += 1;
-            let is_old = self.turns_read == TURNS_TO_READ;
+            let is_old = self.turns_read.is_multiple_of(TURNS_TO_READ);
             let cancel = opcode::AsyncCancel::new(READ).build().flags(squeue::Flags::SKIP_SUCCESS);
             return Ok(is_old.then(|| cancel.user_data(Token::Ignored.encode())));
         }
@@ -213,8 +213,8 @@ impl Readiness {
 
     /// Waits for something to read, which [`Readiness::next`] tells. False if that is to be done
     /// elsewhere; [`Readiness::waited_apart`] when it has been.
-    pub(super) fn wait_for(&mut self, token: Token) -> bool {
-        let is_here = self.waits_here(token);
+    pub(super) fn wait_for(&mut self, token: Token, socket: &OwnedFd) -> bool {
+        let is_here = self.waits_here(token, socket.as_raw_fd());
         self.apart += u32::from(!is_here);
         is_here
     }
@@ -224,9 +224,9 @@ impl Readiness {
         self.apart = self.apart.saturating_sub(1);
     }
 
-    fn waits_here(&mut self, token: Token) -> bool {
+    fn waits_here(&mut self, token: Token, fd: RawFd) -> bool {
         let is_many = self.many.is();
-        let Some(place) = self.place(token) else { return false };
+        let Some(place) = self.place(token).filter(|place| place.fd == fd) else { return false };
         match place.state {
             State::Readable { urgent } => {
                 place.state = State::Unknown;
@@ -237,7 +237,7 @@ impl Readiness {
                 self.awaited += 1;
             }
             State::Empty => {
-                place.state = State::Unknown;
+                self.leave(token);
                 return false;
             }
             _ => return false,
@@ -333,6 +333,11 @@ impl Readiness {
     fn place(&mut self, token: Token) -> Option<&mut Place> {
         let (index, side, generation) = position(token)?;
         let place = &mut self.places.get_mut(index)?[side];
+        let is_member = self.set.as_ref().is_some_and(|set| set.has(place.fd));
+        if !is_member && place.state != State::Barred {
+            // Its socket was closed: what is known is of a flow long ago.
+            place.state = State::Out;
+        }
         (place.fd >= 0 && place.generation == generation).then_some(place)
     }
 }
