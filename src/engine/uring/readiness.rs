@@ -31,7 +31,7 @@ use crate::mostly::Mostly;
 pub(super) const READ: u64 = u64::MAX;
 
 /// Reports taken with one reading, at most and at least; more wait for the next. Between them it is
-/// as many as give each socket the same share (see [`Readiness::turn`]).
+/// as many as give each socket the same share (see [`reports`]).
 const REPORTS: usize = 256;
 const REPORTS_MIN: u32 = 16;
 
@@ -163,9 +163,7 @@ impl Readiness {
         let Some(set) = self.set.as_ref().filter(|_| self.awaited > 0) else { return Ok(None) };
         (self.is_reading, self.turns_read) = (true, 0);
         let events = self.events.as_mut_ptr().cast();
-        // Else those in the set would be served in each turn, and the others in a few of them.
-        let fair = self.awaited.saturating_mul(APART_IN_TURN) / self.apart.max(1);
-        let reports = fair.clamp(REPORTS_MIN, REPORTS as u32);
+        let reports = reports(self.awaited, self.apart);
         let read = opcode::EpollWait::new(Fd(set.as_raw_fd()), events, reports);
         Ok(Some(read.build().user_data(READ)))
     }
@@ -215,7 +213,8 @@ impl Readiness {
     /// elsewhere; [`Readiness::waited_apart`] when it has been.
     pub(super) fn wait_for(&mut self, token: Token, socket: &OwnedFd) -> bool {
         let is_here = self.waits_here(token, socket.as_raw_fd());
-        self.apart += u32::from(!is_here);
+        // The worker's own channels wait elsewhere, too, and take no flow's share.
+        self.apart += u32::from(!is_here && position(token).is_some());
         is_here
     }
 
@@ -342,8 +341,46 @@ impl Readiness {
     }
 }
 
+/// How many reports a reading takes: as great a share of the requests that wait here as a turn
+/// tells of those that wait apart. Else these would be left behind, for the others are served in
+/// each turn.
+fn reports(awaited: u32, apart: u32) -> u32 {
+    let fair = awaited.saturating_mul(APART_IN_TURN) / apart.max(1);
+    fair.clamp(REPORTS_MIN, REPORTS as u32)
+}
+
 /// Slot, side, and the low bits of the generation.
 fn position(token: Token) -> Option<(usize, usize, u16)> {
     let Token::Flow { index, generation, op } = token else { return None };
     Some((index as usize, op.side()?.index(), generation as u16))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::Side;
+
+    #[test]
+    fn who_waits_here_and_who_waits_apart_have_the_same_share_of_a_turn() {
+        assert_eq!(reports(10, 0), 100, "alone: all, and more");
+        assert_eq!(reports(5000, 0), 256);
+        assert_eq!(reports(5000, 1000), 50, "ten of a thousand, fifty of five thousand");
+        assert_eq!(reports(100, 5000), 16, "not too few to be worth a reading");
+    }
+
+    #[test]
+    fn only_flows_that_wait_apart_count_until_they_are_told() {
+        let mut readiness = Readiness::new(false);
+        let (socket, _) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
+        let socket = OwnedFd::from(socket);
+        for token in [Token::Command, Token::Handoff, Token::Command] {
+            assert!(!readiness.wait_for(token, &socket));
+        }
+        assert_eq!(readiness.apart, 0);
+        let op = Op::Readable(Side::Listen);
+        assert!(!readiness.wait_for(Token::Flow { index: 0, generation: 0, op }, &socket));
+        assert_eq!(readiness.apart, 1);
+        readiness.waited_apart();
+        assert_eq!(readiness.apart, 0);
+    }
 }
