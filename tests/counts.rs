@@ -15,6 +15,7 @@ use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use support::engine::reads_sets;
 use support::streams::{accept, connect};
 use support::{
     Forwarder, Launch, Netns, Process, TempDir, eventually, find_program, namespaces, skip,
@@ -195,22 +196,22 @@ fn copying_asks_nothing_of_the_kernel_but_by_the_ring() {
 }
 
 /// The most sockets that were in the workers' sets while a load ran, and afterwards.
-fn in_sets_during(load: &[&str], mode: &str) -> Option<(usize, usize)> {
+fn in_sets_during(load: &[&str]) -> Option<(usize, usize)> {
     let (clients, targets) = (Netns::new().ok()?, Netns::new().ok()?);
-    let server = Server::start(&targets, mode, "64");
+    let server = Server::start(&targets, "rr", "64");
     let launch = Launch::nsplice().engine("uring").option("--workers", "1");
     let forwarder = forwarder(launch, &clients, &targets, &server);
     let connector = forwarder.connector();
     // The worker's command channel is not there: that is waited for by itself.
-    assert_eq!(connector.count_in_sets(), 0);
+    assert_eq!(connector.in_sets().len(), 0);
     let mut client = client(&clients, &forwarder, load).stdout(Stdio::null()).spawn().unwrap();
     let mut most = 0;
     while client.try_wait().unwrap().is_none() {
-        most = most.max(connector.count_in_sets());
+        most = most.max(connector.in_sets().len());
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     eventually("all connections are closed", || (connector.count_fds("socket") < 8).then_some(()));
-    let after = connector.count_in_sets();
+    let after = connector.in_sets().len();
     forwarder.stop().assert_clean();
     Some((most, after))
 }
@@ -220,13 +221,11 @@ fn sockets_join_the_set_only_for_many_short_messages() {
     let busy = SHORT_MESSAGES;
     let single = ["--work", "rr", "--size", "64", "--connections", "1"];
     let short = ["--work", "crr", "--size", "64", "--connections", "64"];
-    let mut known = io_uring::Probe::new();
-    io_uring::IoUring::new(1).unwrap().submitter().register_probe(&mut known).unwrap();
-    if !known.is_supported(io_uring::opcode::EpollWait::CODE) {
+    if !reads_sets() {
         skip!("the ring reads no sets: before Linux 6.15");
     }
     for (load, least, most) in [(busy, 64, 2 * 64), (&single[..], 0, 0), (&short[..], 0, 0)] {
-        let Some((in_sets, after)) = in_sets_during(load, "rr") else {
+        let Some((in_sets, after)) = in_sets_during(load) else {
             skip!("no network namespace to be had");
         };
         assert!((least..=most).contains(&in_sets), "{load:?}: {in_sets} in the set");

@@ -18,7 +18,6 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
 use nsplice::config::SocketOptions;
 use nsplice::engine::uring::Uring;
@@ -26,8 +25,9 @@ use nsplice::engine::{Buffer, Engine, Outcome, Setup, Sleep, Start, Token};
 use nsplice::flow::half::BUFFER_BYTES;
 use nsplice::flow::{Op, Side};
 use support::calls::{SIOCATMARK, int_ioctl};
-use support::streams::{Random, accept, connect};
-use support::{Forwarder, Launch, Netns, PATIENCE, eventually, namespaces, skip};
+use support::engine::reads_sets;
+use support::streams::{Random, accept, connect, send_at_once};
+use support::{Forwarder, Launch, Netns, PATIENCE, Process, eventually, namespaces, skip};
 
 /// Connections that make an engine busy: enough receives a turn.
 const BUSY: usize = 4;
@@ -145,13 +145,8 @@ impl Worker {
 
     /// How many of its sockets are in the set.
     fn members(&self) -> usize {
-        let entries = std::fs::read_dir("/proc/self/fdinfo").unwrap();
-        let texts = entries.filter_map(|entry| std::fs::read_to_string(entry.ok()?.path()).ok());
-        let sets = texts.collect::<String>();
-        let of_line = |line: &'_ str| line.split_whitespace().nth(1).map(str::to_owned);
-        let members: Vec<_> =
-            sets.lines().filter(|line| line.starts_with("tfd:")).filter_map(of_line).collect();
-        let is_member = |socket: &&OwnedFd| members.contains(&socket.as_raw_fd().to_string());
+        let members = Process::of(std::process::id() as i32).unwrap().in_sets();
+        let is_member = |socket: &&OwnedFd| members.contains(&socket.as_raw_fd());
         self.near.iter().filter(is_member).count()
     }
 }
@@ -197,13 +192,6 @@ macro_rules! busy {
             skip!("the ring reads no sets: before Linux 6.15")
         };
     };
-}
-
-fn reads_sets() -> bool {
-    let ring = io_uring::IoUring::new(1).unwrap();
-    let mut known = io_uring::Probe::new();
-    ring.submitter().register_probe(&mut known).unwrap();
-    known.is_supported(io_uring::opcode::EpollWait::CODE)
 }
 
 fn send_urgent(far: &TcpStream) {
@@ -410,10 +398,9 @@ fn wake_ups_for_nothing_make_no_kernel_worker() {
         let told = worker.engine.completion();
         assert!(told.is_none(), "{told:?}");
     }
-    let threads = std::fs::read_dir("/proc/self/task").unwrap();
-    let names = threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("comm")));
+    let names = Process::of(std::process::id() as i32).unwrap().thread_names();
     let mine = format!("iou-wrk-{}", nix::unistd::gettid());
-    assert!(!names.flatten().any(|name| name.trim() == mine), "the kernel has made {mine}");
+    assert!(!names.contains(&mine), "the kernel has made {mine}");
     far[1].write_all(b"b").unwrap();
     assert_eq!(worker.told(1), Ok(false));
 }
@@ -591,16 +578,12 @@ impl Busy {
             .option("--workers", "1")
             .start();
         let connect = |_| (clients.enter(|| connect(forwarder.address())), accept(&listener));
-        let mut pairs: Vec<_> = (0..connections).map(connect).collect();
+        let pairs: Vec<_> = (0..connections).map(connect).collect();
         let connector = forwarder.connector();
-        let mut got = MESSAGE;
         for _ in 0..ROUNDS {
-            connector.stop();
-            pairs.iter_mut().for_each(|(client, _)| client.write_all(&MESSAGE).unwrap());
-            connector.signal(Signal::SIGCONT);
-            pairs.iter_mut().for_each(|(_, server)| server.read_exact(&mut got).unwrap());
+            send_at_once(&connector, pairs.iter().map(|(client, server)| (client, server)));
         }
-        assert!(connector.count_in_sets() >= connections || !reads_sets());
+        assert!(connector.in_sets().len() >= connections || !reads_sets());
         Self { forwarder, pairs }
     }
 }

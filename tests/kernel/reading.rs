@@ -13,7 +13,9 @@ use nix::sys::socket::{MsgFlags, send};
 
 use super::forged::urgent_behind_a_gap;
 use super::ring::{Done, Ring, recv};
+use super::workers::Workers;
 use super::{connection, reset_by_peer, wait_for, wait_for_bytes};
+use crate::support::engine::reads_sets;
 use crate::support::{namespaces, skip};
 
 const READ: u64 = 1;
@@ -32,12 +34,10 @@ struct Reader {
 impl Reader {
     /// `None` before Linux 6.15.
     fn new() -> Option<Self> {
-        let mut known = io_uring::Probe::new();
-        let mut ring = Ring::with_buffers(4);
-        ring.io_uring().submitter().register_probe(&mut known).unwrap();
+        let ring = Ring::with_buffers(4);
         let set = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
         let events = Box::new([EpollEvent::empty(); 4]);
-        known.is_supported(opcode::EpollWait::CODE).then_some(Self { ring, set, events })
+        reads_sets().then_some(Self { ring, set, events })
     }
 
     fn add(&self, socket: &TcpStream) {
@@ -45,9 +45,23 @@ impl Reader {
         self.set.add(socket, EpollEvent::new(EVENTS, name)).unwrap();
     }
 
+    /// A connection in the set whose near end has `abc` to read.
+    fn with_bytes(&self) -> (TcpStream, TcpStream) {
+        let (near, mut far) = connection();
+        self.add(&near);
+        far.write_all(b"abc").unwrap();
+        wait_for_bytes(&near, 3);
+        (near, far)
+    }
+
     fn read(&mut self) -> squeue::Entry {
         let events = self.events.as_mut_ptr().cast();
         opcode::EpollWait::new(Fd(self.set.0.as_raw_fd()), events, 4).build()
+    }
+
+    fn start(&mut self) {
+        let read = self.read();
+        self.ring.start(READ, read);
     }
 
     /// What a reading that has completed reports.
@@ -72,16 +86,6 @@ macro_rules! reader {
     };
 }
 
-/// Whether the kernel has made a worker for the calling thread's rings.
-fn has_kernel_worker() -> bool {
-    let worker = format!("iou-wrk-{}", nix::unistd::gettid());
-    let mut threads = std::fs::read_dir("/proc/self/task").unwrap();
-    threads.any(|thread| {
-        let name = std::fs::read_to_string(thread.unwrap().path().join("comm"));
-        name.is_ok_and(|name| name.trim() == worker)
-    })
-}
-
 fn send_urgent(socket: &TcpStream) {
     send(socket.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
 }
@@ -92,8 +96,7 @@ fn a_reading_waits_and_tells_the_state_with_urgent_data_only_where_there_is_some
     for urgent in [false, true] {
         let (near, mut far) = connection();
         reader.add(&near);
-        let read = reader.read();
-        reader.ring.start(READ, read);
+        reader.start();
         assert_eq!(reader.ring.done(), [], "a reading does not wait: the worker spins");
         match urgent {
             false => far.write_all(b"a").unwrap(),
@@ -113,10 +116,7 @@ fn a_reading_waits_and_tells_the_state_with_urgent_data_only_where_there_is_some
 #[test]
 fn what_a_receive_before_it_has_taken_is_not_reported() {
     reader!(reader);
-    let (near, mut far) = connection();
-    reader.add(&near);
-    far.write_all(b"abc").unwrap();
-    wait_for_bytes(&near, 3);
+    let (near, mut far) = reader.with_bytes();
     let read = reader.read();
     reader.ring.push(RECEIVE, recv(&near, libc::MSG_DONTWAIT));
     reader.ring.push(READ, read);
@@ -132,10 +132,7 @@ fn what_a_receive_before_it_has_taken_is_not_reported() {
 #[test]
 fn completions_are_in_the_order_of_receiving_and_reading() {
     reader!(reader);
-    let (near, mut far) = connection();
-    reader.add(&near);
-    far.write_all(b"abc").unwrap();
-    wait_for_bytes(&near, 3);
+    let (near, _far) = reader.with_bytes();
     let read = reader.read();
     reader.ring.push(READ, read);
     reader.ring.push(RECEIVE, recv(&near, libc::MSG_DONTWAIT));
@@ -153,10 +150,7 @@ fn completions_are_in_the_order_of_receiving_and_reading() {
 fn what_has_come_since_a_receive_that_left_nothing_is_reported_also_to_a_later_reading() {
     reader!(reader);
     for end in [false, true] {
-        let (near, mut far) = connection();
-        reader.add(&near);
-        far.write_all(b"abc").unwrap();
-        wait_for_bytes(&near, 3);
+        let (near, mut far) = reader.with_bytes();
         reader.take(&near);
         if end {
             reset_by_peer(far);
@@ -164,8 +158,7 @@ fn what_has_come_since_a_receive_that_left_nothing_is_reported_also_to_a_later_r
             far.write_all(b"d").unwrap();
             wait_for_bytes(&near, 1);
         }
-        let read = reader.read();
-        reader.ring.start(READ, read);
+        reader.start();
         let done = reader.ring.next();
         assert_eq!(reader.reports(&done)[0].0, near.as_raw_fd(), "a flow waits for ever");
     }
@@ -179,8 +172,7 @@ fn a_reset_that_was_reported_is_told_neither_by_a_receive_of_the_bytes_before_it
     far.write_all(b"abc").unwrap();
     reset_by_peer(far);
     wait_for(&near, PollFlags::POLLHUP);
-    let read = reader.read();
-    reader.ring.start(READ, read);
+    reader.start();
     let done = reader.ring.next();
     let events = reader.reports(&done)[0].1;
     assert!(events.contains(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP), "a flow waits for ever");
@@ -190,24 +182,23 @@ fn a_reset_that_was_reported_is_told_neither_by_a_receive_of_the_bytes_before_it
         !cqueue::sock_nonempty(done.flags),
         "a receive tells of the reset: Readiness need not part with the socket; nothing breaks"
     );
-    let read = reader.read();
-    reader.ring.start(READ, read);
+    reader.start();
     assert_eq!(reader.ring.done(), [], "the same; nothing breaks");
 }
 
 #[test]
 fn a_reading_that_wakes_up_for_nothing_128_times_is_given_to_a_kernel_worker() {
+    let workers = Workers::new();
     reader!(reader);
     let (mut near, mut far) = connection();
     reader.add(&near);
-    let read = reader.read();
-    reader.ring.start(READ, read);
+    reader.start();
     for wakeup in 1..=1000 {
         far.write_all(b"a").unwrap();
         wait_for_bytes(&near, 1);
         near.read_exact(&mut [0]).unwrap();
         let done = reader.ring.done();
-        if has_kernel_worker() {
+        if workers.is_new() {
             assert!(wakeup > 100, "after {wakeup}: Readiness makes it anew too late");
             return;
         }
@@ -223,8 +214,7 @@ fn what_is_there_when_a_socket_joins_is_reported() {
     far.write_all(b"abc").unwrap();
     wait_for_bytes(&near, 3);
     reader.add(&near);
-    let read = reader.read();
-    reader.ring.start(READ, read);
+    reader.start();
     let done = reader.ring.next();
     assert_eq!(reader.reports(&done).len(), 1, "a flow waits for ever");
 }
@@ -236,13 +226,11 @@ fn what_a_receive_leaves_is_not_reported_again() {
     reader.add(&near);
     far.write_all(&[7; 20]).unwrap();
     wait_for_bytes(&near, 20);
-    let read = reader.read();
-    reader.ring.start(READ, read);
+    reader.start();
     reader.ring.next_of(READ);
     let done = reader.take(&near);
     assert!(cqueue::sock_nonempty(done.flags), "{done:?}: a flow waits for what is there already");
-    let read = reader.read();
-    reader.ring.start(READ, read);
+    reader.start();
     std::thread::sleep(Duration::from_millis(20));
     assert_eq!(
         reader.ring.done(),
@@ -259,8 +247,7 @@ fn an_urgent_byte_that_is_announced_before_those_that_come_first_is_reported_wit
     let far = netns.enter(|| TcpStream::connect(listener.local_addr().unwrap()).unwrap());
     let (near, _) = listener.accept().unwrap();
     reader.add(&near);
-    let read = reader.read();
-    reader.ring.start(READ, read);
+    reader.start();
     urgent_behind_a_gap(&netns, &far, 5);
     let done = reader.ring.next();
     assert_eq!(

@@ -17,13 +17,13 @@ use crate::support::eventually;
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// The kernel's worker threads when it began.
-struct Workers {
+pub(super) struct Workers {
     before: BTreeSet<String>,
     _guard: MutexGuard<'static, ()>,
 }
 
 impl Workers {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         Self { before: Self::all(), _guard: guard }
     }
@@ -38,7 +38,7 @@ impl Workers {
         named.collect()
     }
 
-    fn is_new(&self) -> bool {
+    pub(super) fn is_new(&self) -> bool {
         !Self::all().is_subset(&self.before)
     }
 }

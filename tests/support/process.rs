@@ -1,6 +1,7 @@
 //! What /proc tells about a process under test.
 
 use std::fs;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use nix::sched::{CpuSet, sched_getaffinity};
@@ -82,12 +83,14 @@ impl Process {
         self.fds().iter().filter(|target| is_one(target)).count()
     }
 
-    /// How many descriptors are in its epoll sets.
-    pub fn count_in_sets(&self) -> usize {
-        let Ok(entries) = fs::read_dir(format!("/proc/{}/fdinfo", self.pid)) else { return 0 };
+    /// The descriptors in its epoll sets, by number.
+    pub fn in_sets(&self) -> Vec<RawFd> {
+        let directory = format!("/proc/{}/fdinfo", self.pid);
+        let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
         let texts = entries.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());
-        let members = |text: String| text.lines().filter(|line| line.starts_with("tfd:")).count();
-        texts.map(members).sum()
+        let number =
+            |line: &str| line.strip_prefix("tfd:")?.split_whitespace().next()?.parse().ok();
+        texts.flat_map(|text| text.lines().filter_map(number).collect::<Vec<_>>()).collect()
     }
 
     /// Sets its soft limit of descriptors; returns the one it had.

@@ -10,8 +10,9 @@ use std::os::fd::AsFd;
 use std::sync::LazyLock;
 
 use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::signal::Signal;
 
-use super::PATIENCE;
+use super::{PATIENCE, Process};
 
 /// A small deterministic generator (SplitMix64): the same numbers from the same seed, everywhere.
 #[derive(Clone, Debug)]
@@ -177,6 +178,19 @@ pub fn exchange(stream: &TcpStream, send_seed: u64, receive_seed: u64, len: u64)
         scope.spawn(|| send(&mut &*stream, send_seed, len));
         receive(&mut &*stream, receive_seed, len);
     });
+}
+
+/// Sends a short message on each connection, so that a forwarder finds all of them together: it is
+/// stopped meanwhile. Returns when they have arrived.
+pub fn send_at_once<'a>(
+    forwarder: &Process,
+    pairs: impl Iterator<Item = (&'a TcpStream, &'a TcpStream)> + Clone,
+) {
+    let mut message = [7; 64];
+    forwarder.stop();
+    pairs.clone().for_each(|(mut from, _)| from.write_all(&message).unwrap());
+    forwarder.signal(Signal::SIGCONT);
+    pairs.for_each(|(_, mut to)| to.read_exact(&mut message).unwrap());
 }
 
 /// How a stream ended, as a program that reads it sees it.

@@ -80,7 +80,7 @@ fn check(before: Before) {
 }
 
 fn check_way(way: Way, before: Before) {
-    let Way::Nsplice { engine, transfer, handoff: "socket", is_busy: false } = way else { return };
+    let Way::Nsplice { engine, transfer, handoff: "socket", .. } = way else { return };
     namespaces!(clients, targets);
     for netns in [&clients, &targets] {
         netns.sysctl("net/ipv4/tcp_rmem", SOCKET_BUFFERS);

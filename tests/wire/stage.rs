@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
@@ -11,13 +10,13 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::Signal;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, setsockopt, socket, sockopt,
 };
 
 use super::end::{End, LIMIT};
 use super::others::Other;
+use crate::support::streams::send_at_once;
 use crate::support::{Forwarder, Launch, Netns, Program};
 
 /// What lies between client and server.
@@ -207,21 +206,9 @@ impl Route {
         let connector = forwarder.connector();
         let others = self.crowd.iter().map(|(client, server)| (client, server));
         let pairs: Vec<_> = others.chain([(client, server)]).collect();
-        let mut message = [7; 64];
         for _ in 0..ROUNDS {
-            for back in [false, true] {
-                // So that all are there when it goes on.
-                connector.stop();
-                let ends =
-                    |&(client, server)| if back { (server, client) } else { (client, server) };
-                for (mut from, _) in pairs.iter().map(ends) {
-                    from.write_all(&message).unwrap();
-                }
-                connector.signal(Signal::SIGCONT);
-                for (_, mut to) in pairs.iter().map(ends) {
-                    to.read_exact(&mut message).unwrap();
-                }
-            }
+            send_at_once(&connector, pairs.iter().copied());
+            send_at_once(&connector, pairs.iter().map(|&(client, server)| (server, client)));
         }
     }
 
