@@ -2,8 +2,8 @@
 //!
 //! An [`Engine`] owns the descriptors' system calls and the memory of the buffers. Requests
 //! (`accept`, `connect`, `recv`, `send`, ...) finish later with a [`Completion`] that carries the
-//! request's [`Token`]; the other calls are done when they return. An engine knows no flow: it
-//! keeps no state about a connection.
+//! request's [`Token`]; the other calls are done when they return. An engine knows no flow: all
+//! that it keeps about a connection is where its requests wait.
 
 mod calls;
 pub mod epoll;
