@@ -259,18 +259,18 @@ def known(options):
             between(), options.reference, reference,
         ),
         nsplice("nsplice", "nsplice", "as it is: one worker for each CPU, `--transfer auto`"),
-        nsplice("nsplice-copy", "nsplice, copy", "`--transfer copy`", "--transfer", "copy"),
-        nsplice("nsplice-splice", "nsplice, splice", "`--transfer splice`",
+        nsplice("nsplice-copy", "nsplice (copy)", "`--transfer copy`", "--transfer", "copy"),
+        nsplice("nsplice-splice", "nsplice (splice)", "`--transfer splice`",
                 "--transfer", "splice"),
-        nsplice("nsplice-1", "nsplice, 1 worker", "`--workers 1`", "--workers", "1"),
-        nsplice("nsplice-poll", "nsplice, busy poll", "`--busy-poll 50`", "--busy-poll", "50"),
+        nsplice("nsplice-1", "nsplice (1 worker)", "`--workers 1`", "--workers", "1"),
+        nsplice("nsplice-poll", "nsplice (busy poll)", "`--busy-poll 50`", "--busy-poll", "50"),
         Contender(
             "haproxy", "HAProxy", "TCP mode, a thread for each CPU, `option splice-request` and "
             "`splice-response`, pipes of 1 MiB; it sets TCP_NODELAY itself",
             haproxy("splice-request", "splice-response"), "haproxy", ("haproxy", "-v"),
         ),
         Contender(
-            "haproxy-auto", "HAProxy, splice-auto", "the same with `option splice-auto`, which "
+            "haproxy-auto", "HAProxy (splice-auto)", "the same with `option splice-auto`, which "
             "copies most of what bulk is here", haproxy("splice-auto"), "haproxy",
             ("haproxy", "-v"),
         ),

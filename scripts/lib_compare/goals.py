@@ -109,8 +109,8 @@ def ahead(found):
     rows, verdicts = [], {key: [] for key, _ in AHEAD}
     for name in names:
         work = works.work(name)
-        against = dict.fromkeys(standard.get(name, []))
-        against |= dict.fromkeys(found.works.get(name, []))
+        # Also those that were not run: they stand behind, as without a figure.
+        against = dict.fromkeys([*works.MAIN_CONTENDERS, *found.works.get(name, [])])
         against = [other for other in against if other == "reference" or found.is_other(other)]
         row = [work.title + (" (bytes)" if work.kind == "idle" else "")]
         for key, _ in AHEAD:
@@ -127,6 +127,15 @@ def ahead(found):
         all_of(f"Works with {what} ahead of every contender", verdicts[key]) for key, what in AHEAD
     ]
     return table(["work", *(what for _, what in AHEAD), "without a figure"], rows), summary
+
+
+def told(found):
+    """A sentence on how often nsplice is ahead."""
+    _, summary = ahead(found)
+    counts = [f"in {measured} of {wanted.split()[-1]} by {what}"
+              for (_, what), (_, wanted, measured, _) in zip(AHEAD, summary)]
+    return (f"Of the works of this table and of the curves, nsplice is ahead of everybody "
+            f"{', '.join(counts)}.")
 
 
 def applies(work, key):

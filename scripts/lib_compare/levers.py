@@ -9,6 +9,8 @@ from .tables import number, spread, table
 
 DOCS = "docs/levers.md"
 KIND = "levers"  # of the documents of such results
+# More are no heading.
+MANY_VARIANTS = 7
 
 # One option each. What is the default anyway is there to show how far apart two alike come out.
 OPTIONS = (
@@ -69,7 +71,10 @@ def text(documents):
     for document in documents:
         found = Results([document])
         pinned = ", client and server pinned" if document["settings"]["pin"] else ""
-        parts.append(f"## {', '.join(variants(found))}{pinned}")
+        names = list(variants(found))
+        whole = len(names) > MANY_VARIANTS
+        parts.append(f"## {f'{len(names)} variants' if whole else ', '.join(names)}{pinned}")
+        parts += ["; ".join(names) + "."] if whole else []
         parts.append(f"Measured {machine.sentence(document)}.")
         for name in found.works:
             parts += [f"### {works.work(name).title} (`{name}`)", of_work(found, name)]

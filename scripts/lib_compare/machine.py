@@ -51,7 +51,7 @@ def sentence(document):
         f"{document['date']}, nsplice {document['commit']}; {machine['cpus']} {virtual}CPUs "
         f"({machine['cpu']}), {machine['memory_gib']} GiB, Linux {kernel}, "
         f"{settings['congestion']}; {rounds(document)} of {settings['seconds']:g} s after "
-        f"{settings['warmup']:g} s of warm-up"
+        f"{settings['warmup']:g} s of warm-up, load {document['load_before']:.1f} before"
         + (", client and server pinned" if settings["pin"] else "")
     )
 

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 
 from . import goals, levers, machine, plots, tables, works
 from .contenders import ROOT
@@ -102,21 +103,23 @@ def measured(found, pinned, pictures):
     parts += ["### To reach", goals.tables(found, pinned)]
     names = main_works(found)
     parts += ["### Each work", *images(pictures, "rates.svg", "costs.svg", "latencies.svg")]
-    points = (plots.size_points, plots.connection_points, plots.opened_points)
-    curve_works = {name for of_curve in points for _, name in of_curve(found)}
-    shown = names + [name for name in found.works if name not in curve_works | set(names)]
-    for name in shown:
-        parts += [f"#### {works.work(name).title} (`{name}`)", tables.of_work(found, name)]
-    if "sizes.svg" in pictures:
-        parts += ["### Message size", *images(pictures, "sizes.svg"), size_table(found)]
-    if "connections.svg" in pictures:
-        parts += ["### Connections", *images(pictures, "connections.svg"), connection_table(found)]
-    if "opened.svg" in pictures:
-        parts += ["### Connections that come and go", *images(pictures, "opened.svg")]
-        parts.append(opened_table(found))
+    parts.append(tables.all_works(found, names, "####"))
+    left = [name for name in found.works if name not in names]
+    for title, picture, points_of, table_of in (
+        ("Message size", "sizes.svg", plots.size_points, size_table),
+        ("Connections", "connections.svg", plots.connection_points, connection_table),
+        ("Connections that come and go", "opened.svg", plots.opened_points, opened_table),
+    ):
+        if picture in pictures:
+            parts += [f"### {title}", *images(pictures, picture), table_of(found)]
+            points = [name for _, name in points_of(found) if name in left]
+            parts.append(tables.all_works(found, points, "####"))
+            left = [name for name in left if name not in points]
+    if left:
+        parts += ["### Other works", tables.all_works(found, left, "####")]
     if pinned.works:
         parts += ["### Client and server on CPUs of their own", conditions(pinned)]
-        parts.append(tables.all_works(pinned, heading="####"))
+        parts.append(tables.all_works(pinned, pinned.works, "####"))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -124,9 +127,10 @@ def summary(found, pictures):
     """What README shows."""
     parts = [
         main_table(found),
-        "The figures are medians of interleaved rounds; the best of the others is the fastest of "
-        f"{others_named(found)}. {conditions(found)} Every figure, its spread and the method are "
-        "in [docs/benchmarks.md](docs/benchmarks.md).",
+        "The figures are medians of interleaved rounds; of a p50 less is better. The best of the "
+        f"others is that of {others_named(found)}. {conditions(found)} {goals.told(found)} Every "
+        "figure, its spread and the method are in [docs/benchmarks.md](docs/benchmarks.md); "
+        "[docs/performance.md](docs/performance.md) says why it is behind where it is.",
         *images(pictures, "overview.svg", "sizes.svg", "connections.svg", folder="docs/plots"),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -153,7 +157,13 @@ def conditions(found):
 
 
 def others_named(found):
-    return ", ".join(found.title(name) for name in found.others())
+    """With the versions of what is no relay of this project."""
+    named = []
+    for name in found.others():
+        version = re.match(r"[\d.]+", found.contenders[name]["version"] or "")
+        is_relay = found.title(name).endswith("relay")
+        named.append(found.title(name) + (f" {version[0]}" if version and not is_relay else ""))
+    return ", ".join(named)
 
 
 def contender_table(found):
@@ -186,7 +196,7 @@ def main_table(found):
             shown("direct"),
             shown("reference"),
             f"{shown(best)} ({found.title(best)})" if best else "-",
-            f"**{shown('nsplice')}**",
+            shown("nsplice"),
             "-" if ratio is None else f"{ratio:.2f}",
             number(found.median(name, "reference", "cpu")) + cost,
             number(found.median(name, "nsplice", "cpu")) + cost,
@@ -203,15 +213,11 @@ def size_table(found):
 
 
 def connection_table(found):
-    beside = [name for name in found.works if name.startswith("rr-64Bx1+idle")]
     points = plots.connection_points(found)
     text = "Forwarder CPU in us for an operation:\n\n"
     text += curve_table(found, points, "connections", "{:,}".format)
     text += "\n\nWhat an operation costs, over what it costs the same with 100 connections:\n\n"
-    text += flat_table(found, points, 100)
-    for name in beside:
-        text += f"\n\n{works.work(name).title} (`{name}`):\n\n{tables.of_work(found, name)}"
-    return text
+    return text + flat_table(found, points, 100)
 
 
 def opened_table(found):
@@ -223,14 +229,13 @@ def opened_table(found):
 
 
 def flat_table(found, points, base):
-    """Costs over those of the point at `base`: how flat the curves are."""
+    """Costs over those of the point at `base`, in the same rounds: how flat the curves are."""
     contenders = [name for name in plots.contenders_of(found, points) if name != "direct"]
     of_base = dict(points).get(base)
     rows = []
     for contender in contenders:
-        unit = of_base and found.median(of_base, contender, "cpu")
-        costs = [found.median(name, contender, "cpu") for _, name in points]
-        cells = [f"{cost / unit:.2f}" if unit and cost is not None else "-" for cost in costs]
+        times = [of_base and found.growth(contender, name, of_base, "cpu") for _, name in points]
+        cells = ["-" if growth is None else f"{growth:.2f}" for growth in times]
         rows.append([found.title(contender), *cells])
     return table(["contender", *(f"{count:,}" for count, _ in points)], rows)
 

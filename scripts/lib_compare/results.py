@@ -36,9 +36,10 @@ class Results:
 
     def __init__(self, documents):
         self.documents = documents
-        self.works, self.contenders = {}, {}
+        self.works, self.contenders, self.origins = {}, {}, {}
         for document in documents:
             self.works.update(document["results"])
+            self.origins.update(dict.fromkeys(document["results"], document))
             self.contenders.update(document["contenders"])
 
     def title(self, contender):
@@ -80,6 +81,14 @@ class Results:
             mine[key] / theirs[key] for mine, theirs in pairs
             if key in mine and theirs.get(key)
         ]
+
+    def growth(self, contender, work, base, key):
+        """The median over the rounds of a figure over that in another work, in the same round."""
+        if self.origins[work] is not self.origins[base]:
+            return None
+        pairs = zip(self.rounds(work, contender), self.rounds(base, contender))
+        ratios = [one[key] / other[key] for one, other in pairs if key in one and other.get(key)]
+        return statistics.median(ratios) if ratios else None
 
     def best(self, work, contenders, key="figure", highest=True):
         """Who of the contenders has the best median."""

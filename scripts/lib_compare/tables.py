@@ -55,7 +55,7 @@ def of_work(found, name):
             ratio = found.ratio(name, contender, other)
             row.append("-" if ratio is None else f"{ratio:.2f}")
         for key in ("p50_us", "p99_us", "p999_us") if timed else ():
-            row.append(number(found.median(name, contender, key)))
+            row.append(spread(found.values(name, contender, key)))
         row += [spread(found.values(name, contender, "beside"))] if beside else []
         row += [spread(found.values(name, contender, key)) for key in ("cpu", "busy")]
         row.append(number(sum(found.values(name, contender, "errors"))))
@@ -78,8 +78,8 @@ def of_idle(found, name):
     return table(head, rows)
 
 
-def all_works(found, heading="###"):
+def all_works(found, names, heading="###"):
     parts = []
-    for name in found.works:
+    for name in names:
         parts.append(f"{heading} {works.work(name).title} (`{name}`)\n\n{of_work(found, name)}")
     return "\n\n".join(parts)
