@@ -12,7 +12,7 @@ use nix::errno::Errno;
 
 use crate::config::Transfer;
 use crate::engine::{Engine, Outcome, Sleep, Token};
-use crate::flow::{Action, End, Event, Flow, Op, Side};
+use crate::flow::{Action, End, Event, Flow, Op, Side, TURN_BYTES};
 use crate::log::Log;
 use crate::stats::Stats;
 use crate::sys::is_shortage;
@@ -67,6 +67,8 @@ pub struct Worker<E: Engine> {
     waiting: VecDeque<E::Socket>,
     /// Flows that gave way to others, in the order in which they go on.
     yielded: VecDeque<(u32, u32)>,
+    /// Bytes that flows have taken into pipes, from the start.
+    filled_bytes: u64,
     /// Flows that wait for a buffer.
     starved: VecDeque<(u32, u32)>,
     /// A buffer was given back since starved flows were last told.
@@ -103,6 +105,7 @@ impl<E: Engine> Worker<E> {
             free: Vec::new(),
             waiting: VecDeque::new(),
             yielded: VecDeque::new(),
+            filled_bytes: 0,
             starved: VecDeque::new(),
             has_spare_buffer: false,
             listener: None,
@@ -258,14 +261,14 @@ impl<E: Engine> Worker<E> {
         Ok(woken)
     }
 
-    /// Lets the first `due` flows that gave way go on, but one that moves bulk ends it: what the
-    /// others have to do meanwhile is shorter.
+    /// Lets the first `due` flows that gave way go on, until they have spliced as much as one of
+    /// them may: what the others have to do meanwhile is shorter.
     fn resume(&mut self, due: usize) {
-        let before = self.stats.splice_operations;
+        let before = self.filled_bytes;
         for _ in 0..due {
             let Some((index, generation)) = self.yielded.pop_front() else { return };
             self.take_turn(index, generation);
-            if self.stats.splice_operations != before {
+            if self.filled_bytes - before >= u64::from(TURN_BYTES) {
                 return;
             }
         }
@@ -321,7 +324,8 @@ impl<E: Engine> Worker<E> {
                 Action::Cancel(op) => self.engine.cancel(token(op)),
                 Action::Ask(question) => {
                     let wanted = self.settings.pipe_size_bytes;
-                    tenant.answer(&mut self.engine, question, wanted, &mut self.stats);
+                    let filled = tenant.answer(&mut self.engine, question, wanted, &mut self.stats);
+                    self.filled_bytes += u64::from(filled);
                 }
                 Action::Release(half) => self.release(index, half),
                 Action::Shutdown(side) => self.engine.shutdown(&tenant.sockets[side.index()]),

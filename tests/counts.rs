@@ -141,6 +141,25 @@ fn many_busy_connections_share_each_entry_into_the_kernel() {
     }
 }
 
+#[test]
+fn nothing_is_left_to_workers_of_the_kernel() {
+    let opened = &["--work", "crr", "--size", "64", "--connections", "16"];
+    for (transfer, load) in [("auto", &opened[..]), ("splice", opened), ("splice", SHORT_MESSAGES)]
+    {
+        namespaces!(clients, targets);
+        let server = Server::start(&targets, "rr", "64");
+        let launch = Launch::nsplice().option("--transfer", transfer);
+        let forwarder = forwarder(launch, &clients, &targets, &server);
+        report(client(&clients, &forwarder, load));
+        forwarder.assert_no_kernel_workers();
+        let exit = forwarder.stop();
+        exit.assert_clean();
+        let summary = exit.summary();
+        assert!(summary["connections"].as_u64().unwrap() >= 16, "{summary}");
+        assert_eq!(summary["splice_operations"] == 0, transfer == "auto", "{summary}");
+    }
+}
+
 /// What the only worker calls while it copies short messages of many connections.
 fn calls_of_a_busy_worker(
     strace: PathBuf,

@@ -97,22 +97,26 @@ impl<E: Engine> Tenant<E> {
         self.flow.on(event);
     }
 
-    /// Does at once what the flow asks, and tells it what came of it.
-    /// `wanted_bytes`: the capacity a pipe is to have.
+    /// Does at once what the flow asks, and tells it what came of it. Returns how many bytes went
+    /// into a pipe. `wanted_bytes`: the capacity a pipe is to have.
     pub(super) fn answer(
         &mut self,
         engine: &mut E,
         question: Question,
         wanted_bytes: u32,
         stats: &mut Stats,
-    ) {
+    ) -> u32 {
         let event = self.ask(engine, question);
+        let mut filled = 0;
         match event {
             Event::Pipe { capacity: None, .. } => stats.no_pipe += 1,
             Event::Pipe { capacity: Some(capacity), .. } => {
                 stats.small_pipes += u64::from(capacity < wanted_bytes);
             }
-            Event::Fill { result: Ok(1..), .. } => stats.splice_operations += 1,
+            Event::Fill { result: Ok(len @ 1..), .. } => {
+                stats.splice_operations += 1;
+                filled = len;
+            }
             Event::Drain { result: Ok(len @ 1..), .. } => {
                 stats.splice_operations += 1;
                 stats.spliced_bytes += u64::from(len);
@@ -120,6 +124,7 @@ impl<E: Engine> Tenant<E> {
             _ => {}
         }
         self.flow.on(event);
+        filled
     }
 
     fn ask(&mut self, engine: &mut E, question: Question) -> Event {
