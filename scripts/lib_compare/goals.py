@@ -132,7 +132,7 @@ def ahead(found):
 def told(found):
     """A sentence on how often nsplice is ahead."""
     _, summary = ahead(found)
-    counts = [f"in {measured} of {wanted.split()[-1]} by {what}"
+    counts = [f"in {measured.split(',')[0]} of {wanted.split()[-1]} by {what}"
               for (_, what), (_, wanted, measured, _) in zip(AHEAD, summary)]
     return (f"Of the works of this table and of the curves, nsplice is ahead of everybody "
             f"{', '.join(counts)}.")

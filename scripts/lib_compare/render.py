@@ -160,9 +160,10 @@ def others_named(found):
     """With the versions of what is no relay of this project."""
     named = []
     for name in found.others():
-        version = re.match(r"[\d.]+", found.contenders[name]["version"] or "")
+        # Without what a distribution added.
+        version = re.split("[-+]", found.contenders[name]["version"] or "")[0]
         is_relay = found.title(name).endswith("relay")
-        named.append(found.title(name) + (f" {version[0]}" if version and not is_relay else ""))
+        named.append(found.title(name) + (f" {version}" if version and not is_relay else ""))
     return ", ".join(named)
 
 
