@@ -131,7 +131,8 @@ def summary(found, pictures):
         f"others is that of {others_named(found)}. {conditions(found)} {goals.told(found)} Every "
         "figure, its spread and the method are in [docs/benchmarks.md](docs/benchmarks.md); "
         "[docs/performance.md](docs/performance.md) says why it is behind where it is.",
-        *images(pictures, "overview.svg", "sizes.svg", "connections.svg", folder="docs/plots"),
+        *images(pictures, "overview.svg", "sizes.svg", "connections.svg", "opened.svg",
+                folder="docs/plots"),
     ]
     return "\n\n".join(part for part in parts if part)
 
