@@ -26,7 +26,7 @@ use half::{Half, Held};
 use words::OpSet;
 pub use words::{Action, End, Event, Limit, Limits, Op, Question, Side};
 
-/// Bytes a flow, or several that need less, may splice before what has completed is served.
+/// Bytes that flows whose turn has come may splice before what has completed is served.
 ///
 /// A quarter of a pipe: with less, bulk costs more; with more, a short message behind bulk waits
 /// longer (ARCHITECTURE.md has the figures). A fill that has begun is not cut short.

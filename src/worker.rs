@@ -46,6 +46,9 @@ pub struct Settings {
     pub max_connections: u32,
 }
 
+/// What a fill of a pipe counts for in a turn at least: it is a call, however little it moves.
+const FILL_BYTES_MIN: u32 = 4096;
+
 /// What a turn brought besides flows' business.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Woken {
@@ -67,7 +70,7 @@ pub struct Worker<E: Engine> {
     waiting: VecDeque<E::Socket>,
     /// Flows that gave way to others, in the order in which they go on.
     yielded: VecDeque<(u32, u32)>,
-    /// Bytes that flows have taken into pipes, from the start.
+    /// Bytes that flows have taken into pipes, from the start; see [`FILL_BYTES_MIN`].
     filled_bytes: u64,
     /// Flows that wait for a buffer.
     starved: VecDeque<(u32, u32)>,
@@ -325,7 +328,9 @@ impl<E: Engine> Worker<E> {
                 Action::Ask(question) => {
                     let wanted = self.settings.pipe_size_bytes;
                     let filled = tenant.answer(&mut self.engine, question, wanted, &mut self.stats);
-                    self.filled_bytes += u64::from(filled);
+                    if filled > 0 {
+                        self.filled_bytes += u64::from(filled.max(FILL_BYTES_MIN));
+                    }
                 }
                 Action::Release(half) => self.release(index, half),
                 Action::Shutdown(side) => self.engine.shutdown(&tenant.sockets[side.index()]),
