@@ -134,7 +134,7 @@ def told(found):
     _, summary = ahead(found)
     counts = [f"in {measured.split(',')[0]} of {wanted.split()[-1]} by {what}"
               for (_, what), (_, wanted, measured, _) in zip(AHEAD, summary)]
-    return (f"Of the works of this table and of the curves, nsplice is ahead of everybody "
+    return (f"Of all works, idle connections included, nsplice is ahead of everybody "
             f"{', '.join(counts)}.")
 
 

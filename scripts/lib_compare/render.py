@@ -128,7 +128,7 @@ def summary(found, pictures):
     parts = [
         main_table(found),
         "The figures are medians of interleaved rounds; of a p50 less is better. The best of the "
-        f"others is that of {others_named(found)}. {conditions(found)} {goals.told(found)} Every "
+        f"others is the best of {others_named(found)}. {conditions(found)} {goals.told(found)} Every "
         "figure, its spread and the method are in [docs/benchmarks.md](docs/benchmarks.md); "
         "[docs/performance.md](docs/performance.md) says why it is behind where it is.",
         *images(pictures, "overview.svg", "sizes.svg", "connections.svg", "opened.svg",
