@@ -60,7 +60,10 @@ GOALS = (
 def tables(found, pinned):
     """The goals of single works, then those of all works."""
     auto_table, auto_rows = auto(found)
-    ahead_table, ahead_rows = ahead(found)
+    ahead_table, verdicts = ahead(found)
+    ahead_rows = [
+        all_of(f"Works with {what} ahead of every contender", verdicts[key]) for key, what in AHEAD
+    ]
     rows = [single(goal, pinned if goal.pinned else found) for goal in GOALS]
     parts = [
         table(["goal", "to reach", "measured", "reached"], rows + ahead_rows + auto_rows),
@@ -103,7 +106,8 @@ AHEAD = (("figure", "rate or bytes"), ("p99_us", "p99"), ("cpu", "forwarder CPU"
 
 
 def ahead(found):
-    """A row for each work that the standard set or a file has."""
+    """A row for each work that the standard set or a file has, and by key whether nsplice is ahead
+    of all in each."""
     standard = works.standard()
     names = [*standard, *(name for name in found.works if name not in standard)]
     rows, verdicts = [], {key: [] for key, _ in AHEAD}
@@ -123,17 +127,14 @@ def ahead(found):
             row.append(cell)
         without = [found.title(other) for other in against if not found.values(name, other)]
         rows.append([*row, ", ".join(without) or "-"])
-    summary = [
-        all_of(f"Works with {what} ahead of every contender", verdicts[key]) for key, what in AHEAD
-    ]
-    return table(["work", *(what for _, what in AHEAD), "without a figure"], rows), summary
+    return table(["work", *(what for _, what in AHEAD), "without a figure"], rows), verdicts
 
 
 def told(found):
     """A sentence on how often nsplice is ahead."""
-    _, summary = ahead(found)
-    counts = [f"in {measured.split(',')[0]} of {wanted.split()[-1]} by {what}"
-              for (_, what), (_, wanted, measured, _) in zip(AHEAD, summary)]
+    _, verdicts = ahead(found)
+    counts = [f"in {verdicts[key].count(True)} of {len(verdicts[key])} by {what}"
+              for key, what in AHEAD]
     return (f"Of all works, idle connections included, nsplice is ahead of everybody "
             f"{', '.join(counts)}.")
 

@@ -30,6 +30,16 @@ def save(path, document):
     os.replace(path + ".new", path)
 
 
+def middle(values):
+    return statistics.median(values) if values else None
+
+
+def by_round(mine, theirs, key):
+    """A figure over the other's in each round that has both."""
+    return [one[key] / other[key] for one, other in zip(mine, theirs)
+            if key in one and other.get(key)]
+
+
 class Results:
     """Several documents as one. A work is a single document's, the last one's that has it: what is
     compared was measured in the same rounds."""
@@ -60,8 +70,7 @@ class Results:
         return [one[key] for one in rounds if key in one]
 
     def median(self, work, contender, key="figure"):
-        values = self.values(work, contender, key)
-        return statistics.median(values) if values else None
+        return middle(self.values(work, contender, key))
 
     def why_not(self, work, contender):
         """Why a contender has no figure, if it has none."""
@@ -72,23 +81,16 @@ class Results:
 
     def ratio(self, work, contender, other, key="figure"):
         """The median over the rounds of one's figure over another's in the same round."""
-        ratios = self.ratios(work, contender, other, key)
-        return statistics.median(ratios) if ratios else None
+        return middle(self.ratios(work, contender, other, key))
 
     def ratios(self, work, contender, other, key="figure"):
-        pairs = zip(self.rounds(work, contender), self.rounds(work, other))
-        return [
-            mine[key] / theirs[key] for mine, theirs in pairs
-            if key in mine and theirs.get(key)
-        ]
+        return by_round(self.rounds(work, contender), self.rounds(work, other), key)
 
     def growth(self, contender, work, base, key):
         """The median over the rounds of a figure over that in another work, in the same round."""
         if self.origins[work] is not self.origins[base]:
             return None
-        pairs = zip(self.rounds(work, contender), self.rounds(base, contender))
-        ratios = [one[key] / other[key] for one, other in pairs if key in one and other.get(key)]
-        return statistics.median(ratios) if ratios else None
+        return middle(by_round(self.rounds(work, contender), self.rounds(base, contender), key))
 
     def best(self, work, contenders, key="figure", highest=True):
         """Who of the contenders has the best median."""
