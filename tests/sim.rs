@@ -83,6 +83,13 @@ fn a_seed_decides_everything() {
     }
 }
 
+#[test]
+fn flows_that_need_less_share_a_turn() {
+    let logs = logs();
+    let shared = |seed| run(seed, &logs, false).is_ok_and(|summary| summary.shared_fills > 0);
+    assert!((0..500).any(shared), "each has a turn of its own");
+}
+
 fn replay(seed: u64) {
     match run(seed, &logs(), true) {
         Ok(summary) => println!("{summary:?}"),

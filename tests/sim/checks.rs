@@ -116,7 +116,7 @@ impl World {
         self.sockets[socket].unsent(self.now_ms)
     }
 
-    pub fn check_fill(&self, socket: usize, pipe: usize, len: u64) {
+    pub fn check_fill(&mut self, socket: usize, pipe: usize, len: u64) {
         let (source, pipe) = (&self.sockets[socket], &self.pipes[pipe]);
         assert!(source.status == Status::Open, "fill from closed socket {socket}");
         assert!(pipe.state == PipeState::Out, "fill of a pipe that is {:?}", pipe.state);
@@ -134,6 +134,7 @@ impl World {
         let taken = in_turn.map(|(_, other)| other.filled).sum::<u64>();
         let is_exempt = connection.is_woken || self.plan.buffers < 64;
         assert!(is_exempt || taken < u64::from(TURN_BYTES), "a turn of more than {taken} bytes");
+        self.shared_fills += u64::from(taken > 0 && !is_exempt);
     }
 
     /// The end of a stream is passed on once, after all of its bytes, and only if it was one.

@@ -19,6 +19,7 @@ const TURNS_MAX: u32 = 100_000;
 pub struct Summary {
     pub turns: u32,
     pub calls: u64,
+    pub shared_fills: u64,
     /// The next random number.
     pub random: u64,
 }
@@ -46,7 +47,12 @@ pub fn run(seed: u64, logs: &Logs, is_traced: bool) -> Summary {
     let turns = Schedule::new(&world, logs).run();
     let mut world = world.borrow_mut();
     world.check_all_returned();
-    Summary { turns, calls: world.calls, random: world.rng.next() }
+    Summary {
+        turns,
+        calls: world.calls,
+        shared_fills: world.shared_fills,
+        random: world.rng.next(),
+    }
 }
 
 struct Schedule {

@@ -121,6 +121,8 @@ pub struct World {
     pub waits_alone: u32,
     pub turn_calls: u32,
     pub calls: u64,
+    /// Fills of a flow in a turn in which another one that only waited for it had filled.
+    pub shared_fills: u64,
     /// The time.
     pub now_ms: u64,
     /// Bytes that went through pipes.
@@ -174,6 +176,7 @@ impl World {
             waits_alone: 0,
             turn_calls: 0,
             calls: 0,
+            shared_fills: 0,
             now_ms: 0,
             drained: 0,
             accept_errors: Vec::new(),
