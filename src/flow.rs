@@ -120,6 +120,11 @@ impl Flow {
         self.halves[half.index()].delivered_bytes()
     }
 
+    /// Whether what the half has to send is followed at once, by more or by the end of the stream.
+    pub fn has_more(&self, half: Side) -> bool {
+        matches!(self.halves[half.index()].held(), Held::Buffer { more: true, .. })
+    }
+
     /// How long [`Op::Pause`] is to last.
     pub fn pause_ms(&self) -> u32 {
         // Not much longer in all than what is waited for takes.

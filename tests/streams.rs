@@ -10,6 +10,7 @@ mod support;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 
+use support::calls::data_segments_in;
 use support::exchanges::{Exchange, run_clients, serve};
 use support::streams::{Random, accept, connect};
 use support::{Exit, Forwarder, Launch, Netns, Program, namespaces, skip};
@@ -91,6 +92,29 @@ fn auto_copies_short_messages_also_after_bulk() {
     // A receive and a send for each message each way, but for the first few.
     let copied = summary["copy_operations"].as_u64().unwrap();
     assert!(copied > 4 * MESSAGES * 9 / 10, "{summary}");
+}
+
+/// A short first segment would have the peer's TCP believe that its path is a short one.
+#[test]
+fn what_auto_copies_of_a_large_message_is_no_segment_of_its_own() {
+    // Three buffers of the forwarder, and less than a segment of the loopback.
+    const LEN: usize = 24 << 10;
+    namespaces!(clients, targets);
+    let listener = targets.listen("127.0.0.1:0");
+    let forwarder = Launch::nsplice()
+        .listen_netns(&clients)
+        .connect_netns(&targets)
+        .listen((IPV4, 0))
+        .connect(listener.local_addr().unwrap())
+        .start();
+    for _ in 0..20 {
+        let mut client = clients.enter(|| connect(forwarder.address()));
+        let mut server = accept(&listener);
+        client.write_all(&[b'm'; LEN]).unwrap();
+        server.read_exact(&mut [0; LEN]).unwrap();
+        assert_eq!(data_segments_in(&server), 1);
+    }
+    forwarder.stop();
 }
 
 /// So many bytes each way, at once.

@@ -107,7 +107,7 @@ CONNECTIONS = [f"rr-64Bx{count}" for count in (1, 10, 100, 1000, 5000)] + ["rr-6
 OPENED = [f"crr-{count}" for count in (1, 16, 64, 256, 1000)]
 
 MAIN_CONTENDERS = (
-    "direct reference nsplice haproxy haproxy-auto nginx socat proxyd pasta "
+    "direct reference nsplice nsplice-1 haproxy haproxy-auto nginx socat proxyd pasta "
     "tokio-8k tokio-64k tokio-uring uring-splice epoll-splice"
 ).split()
 # socat has a process for each connection, which takes as long as the measurement.

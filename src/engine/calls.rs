@@ -3,6 +3,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::libc;
 use nix::sys::socket::{
     self as net, MsgFlags, Shutdown, SockFlag, SockType, SockaddrLike, SockaddrStorage,
     getpeername, socket,
@@ -20,6 +21,13 @@ pub(super) fn target_socket(
     let socket = socket(family, SockType::Stream, flags, None)?;
     prepare(&socket, options)?;
     Ok(socket)
+}
+
+/// How all is sent; `more`: see [`Engine::send`](super::Engine::send).
+pub(super) fn send_flags(more: bool) -> MsgFlags {
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    // The crate has no name for it.
+    if more { flags | MsgFlags::from_bits_retain(libc::MSG_MORE) } else { flags }
 }
 
 pub(super) fn shutdown(socket: &OwnedFd) {
@@ -44,8 +52,7 @@ pub(super) fn recv_urgent(socket: &OwnedFd) -> Result<Option<u8>, Errno> {
 }
 
 pub(super) fn send_urgent(socket: &OwnedFd, byte: u8) -> Result<(), Errno> {
-    let flags = MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-    net::send(socket.as_raw_fd(), &[byte], flags).map(drop)
+    net::send(socket.as_raw_fd(), &[byte], MsgFlags::MSG_OOB | send_flags(false)).map(drop)
 }
 
 pub(super) fn has_failed(socket: &OwnedFd) -> bool {

@@ -223,8 +223,8 @@ impl Engine for Epoll {
         self.wait_for(token, socket.as_raw_fd(), State::Readable);
     }
 
-    fn send(&mut self, token: Token, socket: &OwnedFd, buffer: &Buffer) {
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    fn send(&mut self, token: Token, socket: &OwnedFd, buffer: &Buffer, more: bool) {
+        let flags = calls::send_flags(more);
         let result = net::send(socket.as_raw_fd(), self.buffers.bytes(buffer), flags);
         self.push(token, Outcome::Sent(result.map(|length| length as u32)));
     }

@@ -195,8 +195,9 @@ pub trait Engine {
     fn recv(&mut self, token: Token, socket: &Self::Socket);
     /// Completes when there is something to read (or an end or error to be read).
     fn readable(&mut self, token: Token, socket: &Self::Socket);
-    /// Sends as much of `buffer` as the socket takes at once.
-    fn send(&mut self, token: Token, socket: &Self::Socket, buffer: &Buffer);
+    /// Sends as much of `buffer` as the socket takes at once. `more`: the kernel may keep it, to
+    /// send it in one segment with what is sent next, or with the end of the stream.
+    fn send(&mut self, token: Token, socket: &Self::Socket, buffer: &Buffer, more: bool);
     /// Reports whenever the socket becomes writable or fails, until cancelled.
     fn watch(&mut self, token: Token, socket: &Self::Socket);
     /// Completes after `ms` milliseconds.

@@ -250,11 +250,11 @@ impl Engine for Uring {
         self.push_chain(&[wait, state].map(|entry| entry.user_data(token.encode())));
     }
 
-    fn send(&mut self, token: Token, socket: &OwnedFd, buffer: &Buffer) {
-        // MSG_DONTWAIT: a send that had to wait on a half-closed socket would be punted to a
+    fn send(&mut self, token: Token, socket: &OwnedFd, buffer: &Buffer, more: bool) {
+        // Without waiting: a send that had to wait on a half-closed socket would be punted to a
         // kernel worker (tests/kernel/workers.rs).
         let entry = opcode::Send::new(fd(socket), self.buffers.bytes(buffer), buffer.len())
-            .flags(libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL);
+            .flags(calls::send_flags(more).bits());
         self.push(token, entry.build());
     }
 

@@ -29,6 +29,8 @@ pub enum Held {
     Buffer {
         /// Bytes in it that are not yet delivered.
         pending: u32,
+        /// They are followed at once by what is spliced, or by the end of the stream.
+        more: bool,
     },
     /// A pipe.
     Pipe {
@@ -102,7 +104,7 @@ impl Half {
     pub(crate) fn pending(&self) -> u32 {
         match self.held {
             Held::Nothing => 0,
-            Held::Buffer { pending } | Held::Pipe { pending, .. } => pending,
+            Held::Buffer { pending, .. } | Held::Pipe { pending, .. } => pending,
             Held::Urgent(_) => 1,
         }
     }
@@ -193,9 +195,10 @@ impl Half {
             Ok(0) => self.source = Source::Ended,
             Ok(len) => {
                 self.must_recv = false;
-                self.held = Held::Buffer { pending: len };
+                let more = self.transfer == Transfer::Auto && more && len == BUFFER_BYTES;
+                self.held = Held::Buffer { pending: len, more };
                 self.source = Source::Unknown;
-                if self.transfer == Transfer::Auto && more && len == BUFFER_BYTES {
+                if more {
                     self.way = Way::Splice;
                     // Splice stops at an urgent mark, so there is no need to wait before it.
                     self.source = Source::Ready;
@@ -290,7 +293,7 @@ impl Half {
     /// Returns the bytes still pending.
     pub(crate) fn on_delivered(&mut self, len: u32) -> u32 {
         match &mut self.held {
-            Held::Buffer { pending } | Held::Pipe { pending, .. } => {
+            Held::Buffer { pending, .. } | Held::Pipe { pending, .. } => {
                 debug_assert!(len <= *pending, "a sink takes no more than it is given");
                 *pending -= len;
             }

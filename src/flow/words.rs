@@ -162,7 +162,7 @@ pub enum Event {
         half: Side,
         /// Bytes received into a buffer the half now holds (0: end of stream, no buffer).
         result: Result<u32, Errno>,
-        /// The socket had still more to read.
+        /// The socket had still more to read, or its end.
         more: bool,
     },
     /// [`Op::Readable`] finished.

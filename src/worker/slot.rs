@@ -47,7 +47,7 @@ impl<E: Engine> Tenant<E> {
             Op::Watch(_) => engine.watch(token, socket),
             Op::Send(half) => {
                 if let Some(buffer) = &self.buffers[half.index()] {
-                    engine.send(token, socket, buffer);
+                    engine.send(token, socket, buffer, self.flow.has_more(half));
                 }
             }
             Op::Pause => {}

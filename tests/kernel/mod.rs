@@ -14,6 +14,7 @@ mod reading;
 mod requests;
 mod ring;
 mod rings;
+mod sending;
 mod splicing;
 mod urgent;
 mod workers;

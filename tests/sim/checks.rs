@@ -46,7 +46,7 @@ impl World {
         assert!(fits, "{token:?} is {kind:?} on socket {socket}");
         self.check_name(socket / 2, (index, generation));
         match kind {
-            Kind::Send { buffer, start, len } => self.check_send(socket, buffer, start, len),
+            Kind::Send { buffer, start, len, .. } => self.check_send(socket, buffer, start, len),
             Kind::Recv | Kind::Readable => self.check_idle(socket, kind),
             Kind::Pause { ms, .. } => self.check_pause(socket / 2, ms),
             _ => {}

@@ -122,9 +122,9 @@ impl Engine for FakeEngine {
         self.begin(token, socket.id, Kind::Readable);
     }
 
-    fn send(&mut self, token: Token, socket: &FakeSocket, buffer: &Buffer) {
+    fn send(&mut self, token: Token, socket: &FakeSocket, buffer: &Buffer, more: bool) {
         let (start, len) = (buffer.range().start, buffer.len());
-        self.begin(token, socket.id, Kind::Send { buffer: buffer.id(), start, len });
+        self.begin(token, socket.id, Kind::Send { buffer: buffer.id(), start, len, more });
         if let Some(received) = self.world.borrow_mut().buffers.get(buffer.id()) {
             received.sends += 1;
         }

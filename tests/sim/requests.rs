@@ -29,6 +29,7 @@ pub enum Kind {
         buffer: u16,
         start: u32,
         len: u32,
+        more: bool,
     },
     /// `has_changed`: there may be something to report.
     Watch {
@@ -105,8 +106,12 @@ impl World {
                 Kind::Connect => self.finish_connect(request.socket),
                 Kind::Recv => self.receive(request.socket, mishap),
                 Kind::Readable => self.poll(request.socket, mishap),
-                Kind::Send { buffer, start, len } => {
-                    self.send(request.socket, buffer, start, len, mishap)
+                Kind::Send { buffer, start, len, more } => {
+                    let outcome = self.send(request.socket, buffer, start, len, mishap);
+                    let is_taken =
+                        matches!(outcome, Some((Report::Sent(Ok(all)), _)) if all == len);
+                    self.sockets[request.socket].keeps_back |= more && is_taken;
+                    outcome
                 }
                 Kind::Watch { has_changed } => self.watch(index, has_changed, mishap),
                 Kind::Pause { due_ms, .. } if due_ms > self.now_ms => None,
@@ -170,10 +175,8 @@ impl World {
         let bytes = Extent { source: socket, start, len };
         let buffer = self.buffers.fill(&mut self.rng, bytes);
         // A missing one is cured by the next receive. The kernel counts bytes, so there are no
-        // false alarms; one that hides an urgent byte yet to come could not be borne.
-        let source = &self.sockets[socket];
-        let (has_more, may_lie) = (source.is_readable(), !source.expects_urgent());
-        let more = if has_more { !self.rng.percent(10) } else { may_lie && self.mishap() };
+        // false alarms; one would keep back what was received, or hide an urgent byte yet to come.
+        let more = self.sockets[socket].is_readable() && !self.rng.percent(10);
         last(Report::Received { result: Ok(Some((buffer, len as u32))), more })
     }
 

@@ -61,6 +61,8 @@ pub struct Socket {
     acked_at_ms: u64,
     pub is_shut: bool,
     pub is_reset: bool,
+    /// More was promised to what it took last, and may be waited for.
+    pub keeps_back: bool,
 
     /// The worker has read the end of the stream.
     pub told_end: bool,
@@ -100,6 +102,7 @@ impl Socket {
             acked_at_ms: 0,
             is_shut: false,
             is_reset: false,
+            keeps_back: false,
             told_end: false,
             told_end_first: false,
             told_last: false,
@@ -207,6 +210,7 @@ impl Socket {
     pub fn put(&mut self, len: u64, given: u64, now_ms: u64) {
         self.acknowledge(now_ms);
         self.taken += len;
+        self.keeps_back = false;
         if len > 0 {
             self.acked_at_ms = now_ms + u64::from(self.peer.ack_delay_ms.unwrap_or(0));
         }

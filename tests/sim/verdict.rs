@@ -65,6 +65,8 @@ impl World {
             sink.taken
         );
         assert!(!source.fin || sink.is_shut, "schedule does not end: socket {id} has ended");
+        let is_sent = sink.is_shut || !sink.keeps_back;
+        assert!(is_sent, "schedule does not end: what came from {id} waits for more");
     }
 
     /// Whether the half that reads `id` can get no further: its sink takes nothing any more, or

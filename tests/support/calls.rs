@@ -27,3 +27,16 @@ pub fn set_option(
     // SAFETY: the value lives until the call returns, and its length is its own.
     Errno::result(unsafe { libc::setsockopt(fd, level, name, place, length) }).map(drop)
 }
+
+/// Segments with data that have arrived; from `linux/tcp.h`, whose later members libc lacks.
+pub fn data_segments_in(socket: &impl AsFd) -> u32 {
+    const INDEX: usize = 152 / size_of::<u32>();
+    let mut info = [0u32; INDEX + 1];
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    let (fd, place) = (socket.as_fd().as_raw_fd(), info.as_mut_ptr().cast());
+    // SAFETY: the kernel writes no more than `length` bytes, which `info` has.
+    let result =
+        unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, place, &raw mut length) };
+    assert_eq!((result, length as usize), (0, size_of_val(&info)));
+    info[INDEX]
+}
