@@ -120,7 +120,7 @@ impl Flow {
         self.halves[half.index()].delivered_bytes()
     }
 
-    /// Whether what the half has to send is followed at once, by more or by the end of the stream.
+    /// Whether what follows what the half has to send is there: more, or the end of the stream.
     pub fn has_more(&self, half: Side) -> bool {
         matches!(self.halves[half.index()].held(), Held::Buffer { more: true, .. })
     }

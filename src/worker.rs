@@ -322,8 +322,10 @@ impl<E: Engine> Worker<E> {
             && let Some(action) = tenant.flow.next()
         {
             let token = |op| Token::Flow { index, generation: *generation, op };
+            // A socket that was given may be kernel TLS, which would keep a stream's last bytes.
+            let promises = !self.settings.single;
             match action {
-                Action::Start(op) => tenant.start(&mut self.engine, token(op), op),
+                Action::Start(op) => tenant.start(&mut self.engine, token(op), op, promises),
                 Action::Cancel(op) => self.engine.cancel(token(op)),
                 Action::Ask(question) => {
                     let wanted = self.settings.pipe_size_bytes;

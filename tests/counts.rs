@@ -138,7 +138,7 @@ fn on_one_cpu(body: impl FnOnce() + Send) {
 }
 
 /// On one CPU, where the worker finds what client and server have done since. One with a CPU of
-/// its own that is not behind them enters the kernel for a few messages at a time.
+/// its own is not behind them, and enters the kernel for a few messages at a time.
 #[test]
 fn many_busy_connections_share_each_entry_into_the_kernel() {
     on_one_cpu(|| ["auto", "copy"].into_iter().for_each(share_each_entry));

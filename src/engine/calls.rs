@@ -30,12 +30,19 @@ pub(super) fn send_flags(more: bool) -> MsgFlags {
     if more { flags | MsgFlags::from_bits_retain(libc::MSG_MORE) } else { flags }
 }
 
+/// Has what is kept back for more sent now; none may come, because the flow fails.
+fn push(socket: &OwnedFd) {
+    // Setting it does that, also again (tests/kernel/sending.rs). Unix-domain sockets keep nothing.
+    let _ = net::setsockopt(socket, net::sockopt::TcpNoDelay, &true);
+}
+
 pub(super) fn shutdown(socket: &OwnedFd) {
     // ENOTCONN: the peer has reset it; reading tells.
     let _ = net::shutdown(socket.as_raw_fd(), Shutdown::Write);
 }
 
 pub(super) fn reset(socket: &OwnedFd) {
+    push(socket);
     // It fails when the peer has reset it first, and for unix-domain sockets, which have no
     // reset: closing is all that can be done.
     let _ = crate::sys::reset(socket);
@@ -64,6 +71,7 @@ pub(super) fn failure(socket: &OwnedFd) -> Option<Errno> {
 }
 
 pub(super) fn unsent(socket: &OwnedFd) -> u32 {
+    push(socket);
     crate::sys::unsent(socket).unwrap_or(0)
 }
 

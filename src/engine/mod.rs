@@ -195,8 +195,8 @@ pub trait Engine {
     fn recv(&mut self, token: Token, socket: &Self::Socket);
     /// Completes when there is something to read (or an end or error to be read).
     fn readable(&mut self, token: Token, socket: &Self::Socket);
-    /// Sends as much of `buffer` as the socket takes at once. `more`: the kernel may keep it, to
-    /// send it in one segment with what is sent next, or with the end of the stream.
+    /// Sends as much of `buffer` as the socket takes at once. `more`: the kernel may keep it back,
+    /// for some 200 ms, to send it in one segment with what is sent next or the stream's end.
     fn send(&mut self, token: Token, socket: &Self::Socket, buffer: &Buffer, more: bool);
     /// Reports whenever the socket becomes writable or fails, until cancelled.
     fn watch(&mut self, token: Token, socket: &Self::Socket);
@@ -219,7 +219,8 @@ pub trait Engine {
     fn recv_urgent(&mut self, socket: &Self::Socket) -> Result<Option<u8>, Errno>;
     /// Sends one byte as urgent, without waiting.
     fn send_urgent(&mut self, socket: &Self::Socket, byte: u8) -> Result<(), Errno>;
-    /// Bytes sent that the peer has not acknowledged; 0 if that cannot be known.
+    /// Bytes sent that the peer has not acknowledged; 0 if that cannot be known. None is kept back
+    /// any longer.
     fn unsent(&self, socket: &Self::Socket) -> u32;
     /// Makes a client's socket ready that was accepted from one which another program made.
     fn adopt(&mut self, client: &Self::Socket);

@@ -29,7 +29,8 @@ pub enum Held {
     Buffer {
         /// Bytes in it that are not yet delivered.
         pending: u32,
-        /// They are followed at once by what is spliced, or by the end of the stream.
+        /// What follows them is there: bytes that are spliced in the flow's turn, an urgent byte,
+        /// or the end of the stream.
         more: bool,
     },
     /// A pipe.

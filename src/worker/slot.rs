@@ -36,8 +36,8 @@ impl<E: Engine> Tenant<E> {
         Self { flow, sockets, buffers: [None, None], pipes: [None, None], record }
     }
 
-    /// Begins a request of the flow.
-    pub(super) fn start(&self, engine: &mut E, token: Token, op: Op) {
+    /// Begins a request of the flow. `promises`: sockets may be told that more is to come.
+    pub(super) fn start(&self, engine: &mut E, token: Token, op: Op, promises: bool) {
         let Some(side) = op.side() else { return engine.pause(token, self.flow.pause_ms()) };
         let socket = &self.sockets[side.index()];
         match op {
@@ -47,7 +47,8 @@ impl<E: Engine> Tenant<E> {
             Op::Watch(_) => engine.watch(token, socket),
             Op::Send(half) => {
                 if let Some(buffer) = &self.buffers[half.index()] {
-                    engine.send(token, socket, buffer, self.flow.has_more(half));
+                    let more = promises && self.flow.has_more(half);
+                    engine.send(token, socket, buffer, more);
                 }
             }
             Op::Pause => {}

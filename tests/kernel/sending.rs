@@ -54,6 +54,13 @@ fn an_urgent_byte_sends_it() {
 }
 
 #[test]
+fn setting_tcp_nodelay_again_sends_it() {
+    let (near, _far) = keeps_back();
+    setsockopt(&near, sockopt::TcpNoDelay, &true).unwrap();
+    assert_eq!(not_yet_sent(&near), 0, "before a reset bytes arrive 200 ms late, or not at all");
+}
+
+#[test]
 fn a_send_without_it_sends_all() {
     let (mut near, _far) = keeps_back();
     near.write_all(b"x").unwrap();

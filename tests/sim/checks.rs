@@ -197,6 +197,7 @@ impl World {
             assert!(taken == len, "socket {socket} is reset with {taken} bytes of {len}");
             let unsent = self.unsent(socket);
             assert!(unsent == 0, "socket {socket} is reset with {unsent} bytes unsent");
+            assert!(!own.keeps_back, "socket {socket} is reset while it keeps bytes back");
         }
     }
 

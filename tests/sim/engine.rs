@@ -223,7 +223,8 @@ impl Engine for FakeEngine {
     }
 
     fn unsent(&self, socket: &FakeSocket) -> u32 {
-        let world = self.world();
+        let mut world = self.world();
+        world.sockets[socket.id].keeps_back = false;
         let unsent = world.sockets[socket.id].unsent(world.now_ms);
         trace!(world, "socket {} has {unsent} bytes unsent", socket.id);
         unsent.min(u64::from(u32::MAX)) as u32

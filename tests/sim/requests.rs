@@ -174,8 +174,8 @@ impl World {
         let start = self.sockets[socket].take_from(len);
         let bytes = Extent { source: socket, start, len };
         let buffer = self.buffers.fill(&mut self.rng, bytes);
-        // A missing one is cured by the next receive. The kernel counts bytes, so there are no
-        // false alarms; one would keep back what was received, or hide an urgent byte yet to come.
+        // A missing one is cured by the next receive. The kernel counts bytes and the end, so there
+        // are no false alarms; one would keep back what was received, or hide an urgent byte to come.
         let more = self.sockets[socket].is_readable() && !self.rng.percent(10);
         last(Report::Received { result: Ok(Some((buffer, len as u32))), more })
     }

@@ -210,7 +210,7 @@ impl Socket {
     pub fn put(&mut self, len: u64, given: u64, now_ms: u64) {
         self.acknowledge(now_ms);
         self.taken += len;
-        self.keeps_back = false;
+        self.keeps_back &= len == 0;
         if len > 0 {
             self.acked_at_ms = now_ms + u64::from(self.peer.ack_delay_ms.unwrap_or(0));
         }
