@@ -108,6 +108,11 @@ class Place:
             raise
 
 
+def cpus():
+    """How many there are for a forwarder."""
+    return len(os.sched_getaffinity(0))
+
+
 def between(*arguments):
     """A forwarder that enters both namespaces by itself."""
 
@@ -144,7 +149,7 @@ def haproxy(*splice):
             global
                 maxconn {CONNECTIONS_MAX}
                 maxpipes 512
-                nbthread {os.cpu_count()}
+                nbthread {cpus()}
                 tune.pipesize 1048576
             defaults
                 mode tcp
@@ -170,7 +175,7 @@ def nginx(contender, place, fd):
         daemon off;
         pid {place.directory}/pid;
         error_log stderr error;
-        worker_processes {os.cpu_count()};
+        worker_processes {cpus()};
         events {{ worker_connections {2 * CONNECTIONS_MAX}; }}
         stream {{ server {{
             listen 127.0.0.1:{LISTEN_PORT};

@@ -71,10 +71,20 @@ def tables(found, pinned):
         "Shown is the closest if nsplice is ahead of all, otherwise **all it is not ahead of**. Of "
         "p99 and CPU, and of the bytes of idle connections, less is better.",
         ahead_table,
+        *one_worker(found),
         "`auto` over the better of copy and splice, the medians of the rounds' ratios:",
         auto_table,
     ]
     return "\n\n".join(parts)
+
+
+def one_worker(found):
+    """The same of nsplice with one worker, if that was measured."""
+    ours = "nsplice-1"
+    if ours not in found.contenders:
+        return []
+    rows, _ = ahead(found, ours=ours)
+    return [f"The same with `--workers 1`, ahead {told(found, ours=ours)}:", rows]
 
 
 def single(goal, found):
@@ -105,11 +115,10 @@ def all_of(what, verdicts):
 AHEAD = (("figure", "rate or bytes"), ("p99_us", "p99"), ("cpu", "forwarder CPU"))
 
 
-def ahead(found):
-    """A row for each work that the standard set or a file has, and by key whether nsplice is ahead
-    of all in each."""
-    standard = works.standard()
-    names = [*standard, *(name for name in found.works if name not in standard)]
+def ahead(found, names=None, ours="nsplice"):
+    """A row for each of the works, all that the standard set or a file has unless they are named,
+    and by key whether ours is ahead of all others in each."""
+    names = names or list(dict.fromkeys([*works.standard(), *found.works]))
     rows, verdicts = [], {key: [] for key, _ in AHEAD}
     for name in names:
         work = works.work(name)
@@ -120,7 +129,7 @@ def ahead(found):
         for key, _ in AHEAD:
             if applies(work, key):
                 least = key == "figure" and work.kind != "idle"
-                cell, verdict = against_each(found, name, against, key, least)
+                cell, verdict = against_each(found, name, ours, against, key, least)
                 verdicts[key].append(verdict)
             else:
                 cell = "-"
@@ -130,13 +139,11 @@ def ahead(found):
     return table(["work", *(what for _, what in AHEAD), "without a figure"], rows), verdicts
 
 
-def told(found):
-    """A sentence on how often nsplice is ahead."""
-    _, verdicts = ahead(found)
-    counts = [f"in {verdicts[key].count(True)} of {len(verdicts[key])} by {what}"
-              for key, what in AHEAD]
-    return (f"Of all works, idle connections included, nsplice is ahead of everybody "
-            f"{', '.join(counts)}.")
+def told(found, names=None, ours="nsplice"):
+    """How often ours is ahead of everybody."""
+    _, verdicts = ahead(found, names, ours)
+    return ", ".join(f"in {verdicts[key].count(True)} of {len(verdicts[key])} by {what}"
+                     for key, what in AHEAD)
 
 
 def applies(work, key):
@@ -145,9 +152,9 @@ def applies(work, key):
     return key == "figure" or work.kind != "idle"
 
 
-def against_each(found, name, others, key, least):
-    """The text of a cell, and whether nsplice is ahead of all in it."""
-    ratios = {other: found.ratio(name, "nsplice", other, key) for other in others}
+def against_each(found, name, ours, others, key, least):
+    """The text of a cell, and whether ours is ahead of all in it."""
+    ratios = {other: found.ratio(name, ours, other, key) for other in others}
     known = sorted(
         ((ratio, other) for other, ratio in ratios.items() if ratio is not None), reverse=not least
     )

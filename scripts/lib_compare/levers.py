@@ -70,10 +70,10 @@ def text(documents):
     parts = [HEAD]
     for document in documents:
         found = Results([document])
-        pinned = ", client and server pinned" if document["settings"]["pin"] else ""
+        place = machine.PLACES[machine.place(document)]
         names = list(variants(found))
         whole = len(names) > MANY_VARIANTS
-        parts.append(f"## {f'{len(names)} variants' if whole else ', '.join(names)}{pinned}")
+        parts.append(f"## {f'{len(names)} variants' if whole else ', '.join(names)}{place}")
         parts += ["; ".join(names) + "."] if whole else []
         parts.append(f"Measured {machine.sentence(document)}.")
         for name in found.works:

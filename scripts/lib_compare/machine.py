@@ -52,8 +52,20 @@ def sentence(document):
         f"({machine['cpu']}), {machine['memory_gib']} GiB, Linux {kernel}, "
         f"{settings['congestion']}; {rounds(document)} of {settings['seconds']:g} s after "
         f"{settings['warmup']:g} s of warm-up, load {document['load_before']:.1f} before"
-        + (", client and server pinned" if settings["pin"] else "")
+        + PLACES[place(document)]
     )
+
+
+# Where client, server and forwarder run: anywhere; client and server on CPUs of their own; all on
+# one. What was measured so is something else each, not to be mixed.
+SPREAD, PINNED, ONE_CPU = "spread", "pinned", "one CPU"
+PLACES = {SPREAD: "", PINNED: ", client and server pinned", ONE_CPU: ", all on one CPU"}
+
+
+def place(document):
+    settings = document["settings"]
+    # Earlier files do not name what they do not have.
+    return ONE_CPU if settings.get("one_cpu") else PINNED if settings["pin"] else SPREAD
 
 
 def rounds(document):

@@ -117,15 +117,20 @@ def cpu_seconds(pid):
 
 
 def machine_seconds():
-    """Time that the machine's CPUs were not idle, and time that its host took from them.
+    """Time that the CPUs for this program were not idle, and time that its host took from them.
 
     Idle time is what the kernel keeps exactly: of a CPU that sleeps between two ticks, the other
     columns of /proc/stat see nothing.
     """
-    now = time.monotonic() * os.cpu_count()
-    fields = read("/proc/stat").split("\n", 1)[0].split()[1:]
-    _user, _nice, _system, idle, iowait, _irq, _softirq, steal = map(int, fields[:8])
-    return now - (idle + iowait + steal) * TICK_S, steal * TICK_S
+    cpus = {f"cpu{cpu}" for cpu in os.sched_getaffinity(0)}
+    now = time.monotonic() * len(cpus)
+    away = stolen = 0
+    for name, *fields in map(str.split, read("/proc/stat").splitlines()):
+        if name in cpus:
+            _user, _nice, _system, idle, iowait, _irq, _softirq, steal = map(int, fields[:8])
+            away += idle + iowait + steal
+            stolen += steal
+    return now - away * TICK_S, stolen * TICK_S
 
 
 def memory(pid):

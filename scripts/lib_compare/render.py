@@ -35,13 +35,14 @@ def published():
 
 
 def of_benchmarks(documents):
-    # With CPUs of their own client and server are something else to measure, not to be mixed in.
-    found = Results([one for one in documents if not one["settings"]["pin"]])
-    pinned = Results([one for one in documents if one["settings"]["pin"]])
+    found, pinned, packed = (
+        Results([one for one in documents if machine.place(one) == place])
+        for place in (machine.SPREAD, machine.PINNED, machine.ONE_CPU)
+    )
     pictures = draw(found)
     wanted = {f"{PLOTS}/{name}": picture for name, picture in pictures.items()}
-    wanted[DOCS] = replaced(DOCS, measured(found, pinned, pictures))
-    wanted[README] = replaced(README, summary(found, pictures))
+    wanted[DOCS] = replaced(DOCS, measured(found, pinned, packed, pictures))
+    wanted[README] = replaced(README, summary(found, packed, pictures))
     return wanted
 
 
@@ -97,7 +98,7 @@ def draw(found):
 # --- Parts ------------------------------------------------------------------------------------
 
 
-def measured(found, pinned, pictures):
+def measured(found, pinned, packed, pictures):
     """All there is, for docs/benchmarks.md."""
     parts = ["### Machine and contenders", conditions(found), contender_table(found)]
     parts += ["### To reach", goals.tables(found, pinned)]
@@ -117,24 +118,41 @@ def measured(found, pinned, pictures):
             left = [name for name in left if name not in points]
     if left:
         parts += ["### Other works", tables.all_works(found, left, "####")]
+    if packed.works:
+        ahead, _ = goals.ahead(packed, list(packed.works))
+        intro = "Ratios of nsplice to each of the others, as above; ahead "
+        intro += goals.told(packed, list(packed.works)) + "."
+        parts += ["### All on one CPU", conditions(packed), intro, ahead]
+        parts.append(tables.all_works(packed, packed.works, "####"))
     if pinned.works:
         parts += ["### Client and server on CPUs of their own", conditions(pinned)]
         parts.append(tables.all_works(pinned, pinned.works, "####"))
     return "\n\n".join(part for part in parts if part)
 
 
-def summary(found, pictures):
+def summary(found, packed, pictures):
     """What README shows."""
     parts = [
         main_table(found),
         "The figures are medians of interleaved rounds; of a p50 less is better. The best of the "
-        f"others is the best of {others_named(found)}. {conditions(found)} {goals.told(found)} Every "
-        "figure, its spread and the method are in [docs/benchmarks.md](docs/benchmarks.md); "
+        f"others is the best of {others_named(found)}. {conditions(found)} Of all works, idle "
+        f"connections included, nsplice is ahead of everybody {goals.told(found)}. "
+        f"{on_one_cpu(packed)}Every figure, its spread and the method are in "
+        "[docs/benchmarks.md](docs/benchmarks.md); "
         "[docs/performance.md](docs/performance.md) says why it is behind where it is.",
         *images(pictures, "overview.svg", "sizes.svg", "connections.svg", "opened.svg",
                 folder="docs/plots"),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def on_one_cpu(packed):
+    if not packed.works:
+        return ""
+    return (
+        "Where client, server and forwarder share one CPU, so that nothing depends on who runs "
+        f"where, it is {goals.told(packed, list(packed.works))}. "
+    )
 
 
 def images(pictures, *names, folder="plots"):

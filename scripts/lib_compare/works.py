@@ -105,6 +105,10 @@ IDLE = ["idle-1000", "idle-9000"]
 SIZES = [f"rr-{size}x16" for size in "64B 256B 1K 4K 16K 64K 128K 256K 1M".split()]
 CONNECTIONS = [f"rr-64Bx{count}" for count in (1, 10, 100, 1000, 5000)] + ["rr-64Bx1+idle9000"]
 OPENED = [f"crr-{count}" for count in (1, 16, 64, 256, 1000)]
+ON_ONE_CPU = (
+    "bulk-1 bulk-8 copied-8 rr-64Bx1 rr-64Bx4 rr-64Bx16 rr-64Bx64 rr-64Bx1000 rr-1Kx16 rr-4Kx16 "
+    "rr-16Kx16 rr-64Kx16 rr-128Kx16 rr-256Kx16 rr-1Mx16 crr-1 crr-16 crr-64 crr-256 rr-64Bx1+bulk"
+).split()
 
 MAIN_CONTENDERS = (
     "direct reference nsplice nsplice-1 haproxy haproxy-auto nginx socat proxyd pasta "
@@ -125,4 +129,13 @@ def standard():
         plan[name] += ["nsplice-copy", "nsplice-splice"]
     for name in CONNECTIONS + OPENED:
         plan.setdefault(name, list(MANY_CONTENDERS))
+    return plan
+
+
+def on_one_cpu():
+    """The same where all share a CPU. One worker is what nsplice has there by itself."""
+    plan = {name: [other for other in MANY_CONTENDERS if other != "nsplice-1"]
+            for name in ON_ONE_CPU}
+    for name in set(SIZES).intersection(plan):
+        plan[name] += ["nsplice-copy", "nsplice-splice"]
     return plan
