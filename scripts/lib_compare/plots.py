@@ -40,7 +40,8 @@ def bar_color(contender):
 
 
 def bar_panel(found, name, key, unit, factor=1.0):
-    rows = []
+    """The best first."""
+    rows, cannot = [], []
     for contender in found.works[name]:
         values = [factor * value for value in found.values(name, contender, key)]
         label = found.title(contender)
@@ -49,8 +50,9 @@ def bar_panel(found, name, key, unit, factor=1.0):
             row = (label, bar_color(contender), middle, min(values), max(values), number(middle))
             rows.append(row)
         elif found.why_not(name, contender):
-            rows.append((label, "", None, 0, 0, "cannot"))
-    return {"title": works.work(name).title, "unit": unit, "rows": rows}
+            cannot.append((label, "", None, 0, 0, "cannot"))
+    rows.sort(key=lambda row: row[2], reverse=key == "figure")
+    return {"title": works.work(name).title, "unit": unit, "rows": rows + cannot}
 
 
 def rates(found, names, title="How much goes through"):

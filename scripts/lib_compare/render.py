@@ -170,7 +170,7 @@ def conditions(found):
     """Of every document that still has a work."""
     sentences = []
     for document in found.documents:
-        if any(found.works[name] is row for name, row in document["results"].items()):
+        if any(origin is document for origin in found.origins.values()):
             sentences.append(machine.sentence(document))
     return "Measured " + "; and ".join(dict.fromkeys(sentences)) + "."
 

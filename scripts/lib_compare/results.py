@@ -48,7 +48,9 @@ class Results:
         self.documents = documents
         self.works, self.contenders, self.origins = {}, {}, {}
         for document in documents:
-            self.works.update(document["results"])
+            # Not in the order in which they were measured.
+            for name, row in document["results"].items():
+                self.works[name] = {one: row[one] for one in document["contenders"] if one in row}
             self.origins.update(dict.fromkeys(document["results"], document))
             self.contenders.update(document["contenders"])
 
