@@ -421,14 +421,20 @@ fn a_worker_leaves_its_cpu_only_while_it_moves_bulk() {
         // Each long enough for the worker to have made up its mind: then it is patient, too.
         for (size, cpus) in [("1048576", bulk), ("64", messages)] {
             let load = ["--work", "rr", "--size", size, "--connections", "32"];
-            let mut busy = client_for("60", &clients, &forwarder, &load);
-            let mut busy = busy.stdout(Stdio::null()).spawn().unwrap();
+            // Several: while other tests keep its CPU busy its sibling may get all the clients.
             eventually("it is where it should be", || {
-                let is_patient = worker.scheduling_policy() == nix::libc::SCHED_BATCH;
-                (is_patient && worker.cpus() == cpus).then_some(())
+                let mut busy = client_for("3", &clients, &forwarder, &load);
+                let mut busy = busy.stdout(Stdio::null()).spawn().unwrap();
+                let mut is_there = false;
+                while !is_there && busy.try_wait().unwrap().is_none() {
+                    let is_patient = worker.scheduling_policy() == nix::libc::SCHED_BATCH;
+                    is_there = is_patient && worker.cpus() == cpus;
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                }
+                let _ = busy.kill();
+                busy.wait().unwrap();
+                is_there.then_some(())
             });
-            busy.kill().unwrap();
-            busy.wait().unwrap();
         }
         forwarder.stop().assert_clean();
     }
