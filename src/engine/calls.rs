@@ -78,3 +78,33 @@ pub(super) fn unsent(socket: &OwnedFd) -> u32 {
 pub(super) fn peer(socket: &OwnedFd) -> Option<SockaddrStorage> {
     getpeername(socket.as_raw_fd()).ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::net::{TcpListener, TcpStream};
+    use std::time::Duration;
+
+    use super::*;
+
+    /// What a peer gets of bytes with more to come, when `and_then` was done; before the kernel's
+    /// timer would send them.
+    fn received(and_then: impl Fn(&OwnedFd)) -> usize {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let address = listener.local_addr().expect("it is bound");
+        let near = OwnedFd::from(TcpStream::connect(address).expect("it listens"));
+        let (mut far, _) = listener.accept().expect("it was connected to");
+        let sent = net::send(near.as_raw_fd(), b"kept back", send_flags(true));
+        assert_eq!(sent, Ok(9));
+        and_then(&near);
+        far.set_read_timeout(Some(Duration::from_millis(100))).expect("it is a time");
+        far.read(&mut [0; 16]).unwrap_or(0)
+    }
+
+    #[test]
+    fn what_is_kept_back_is_pushed_before_a_reset() {
+        assert_eq!(received(|_| {}), 0, "nothing is kept back");
+        assert_eq!(received(|socket| _ = unsent(socket)), 9);
+        assert_eq!(received(reset), 9);
+    }
+}
