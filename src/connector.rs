@@ -1,7 +1,10 @@
 //! The connector process: the child. It enters the connect side's namespace, starts the workers,
 //! gives them what the listener hands over, and adds up what they did.
 
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +12,7 @@ use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::signalfd::SignalFd;
 use nix::unistd::Pid;
 
-use crate::config::{Config, Engine, Forward, ListenSide, SummaryFormat};
+use crate::config::{Config, Engine, Forward, Handoff, ListenSide, SummaryFormat};
 use crate::crew::{Crew, Outcome, Seed};
 use crate::engine::epoll::Epoll;
 use crate::engine::uring::{self, Uring};
@@ -56,15 +59,7 @@ pub struct Part<'a> {
 /// Where each worker is to run; `None`: wherever the scheduler puts it. Errors if the allowed CPUs
 /// cannot be told.
 pub fn worker_homes(config: &Config, single: bool) -> Result<Vec<Option<Home>>> {
-    let cpus: Arc<[usize]> = match &config.cpus {
-        Some(cpus) => cpus.as_slice().into(),
-        None => {
-            let allowed = sched_getaffinity(Pid::from_raw(0)).map_err(|errno| {
-                Error::system(Kind::Kernel, "cannot ask for the allowed CPUs", errno, "")
-            })?;
-            (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false)).collect()
-        }
-    };
+    let cpus = worker_cpus(config)?;
     // One connection is one worker's.
     let count = match (single, config.workers, &config.cpus) {
         (true, ..) => 1,
@@ -72,10 +67,30 @@ pub fn worker_homes(config: &Config, single: bool) -> Result<Vec<Option<Home>>> 
         (_, None, Some(_)) => cpus.len(),
         (_, None, None) => Limits::workers(cpus.len()),
     };
-    // Connections with a process each, as from an inetd, are not to share the first CPU.
+    // Many programs with a worker each that is active are not to share the first CPU.
+    let is_any = config.cpus.is_none() && share_connections(config, count);
+    let first = if is_any { RandomState::new().hash_one(()) as usize % cpus.len() } else { 0 };
+    // Connections with a process each, as from an inetd, are not to share it either.
     let is_pinned = config.pin && !(single && config.cpus.is_none());
     let home = |&cpu: &usize| is_pinned.then(|| Home { cpu, all: Arc::clone(&cpus) });
-    Ok(cpus.iter().cycle().take(count).map(home).collect())
+    Ok(cpus.iter().cycle().skip(first).take(count).map(home).collect())
+}
+
+/// Whether so many workers share connections by what there is to do. A number that was asked for is
+/// how many have them, and `--handoff connections` says where each is to be.
+fn share_connections(config: &Config, workers: usize) -> bool {
+    workers > 1 && config.workers.is_none() && config.handoff == Handoff::Socket
+}
+
+/// The CPUs that workers may have.
+fn worker_cpus(config: &Config) -> Result<Arc<[usize]>> {
+    if let Some(cpus) = &config.cpus {
+        return Ok(cpus.as_slice().into());
+    }
+    let allowed = sched_getaffinity(Pid::from_raw(0)).map_err(|errno| {
+        Error::system(Kind::Kernel, "cannot ask for the allowed CPUs", errno, "")
+    })?;
+    Ok((0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false)).collect())
 }
 
 /// Serves until told to stop, or until the only connection is over. Returns the exit status.
@@ -99,18 +114,8 @@ fn serve(part: Part, log: Log) -> Result<u8> {
             (Some(address), None)
         }
     };
-    let is_foreign = |one: &Forward| matches!(one.listen, ListenSide::Listener(_));
-    let is_foreign = config.forwards.iter().any(is_foreign);
-    let settings = Settings {
-        transfer: config.transfer,
-        grace_ms: config.reset_timeout_ms,
-        clock: config.times.into(),
-        target: target.map_or_else(|| "-C".to_owned(), |target| target.to_string()),
-        single: part.single,
-        adopts: is_foreign,
-        pipe_size_bytes: config.pipe_size_bytes,
-        max_connections: u32::MAX,
-    };
+    let settings = settings(config, target, part.single);
+    let is_foreign = settings.adopts;
     let setup = Setup {
         target,
         sockets: config.sockets,
@@ -119,9 +124,11 @@ fn serve(part: Part, log: Log) -> Result<u8> {
         busy_poll_us: config.busy_poll_us,
     };
     let mut connected = connected;
+    let shares = share_connections(config, part.homes.len()).then(|| worker_cpus(config));
+    let shares = shares.transpose()?;
     let mut handoff = part.handoff.into_iter();
-    let shares = part.homes.into_iter().zip(&part.limits.connections);
-    let seeds = shares.map(|(home, &max_connections)| Seed {
+    let places = part.homes.into_iter().zip(&part.limits.connections);
+    let seeds = places.map(|(home, &max_connections)| Seed {
         home,
         setup: setup.clone(),
         settings: Settings { max_connections, ..settings.clone() },
@@ -129,6 +136,7 @@ fn serve(part: Part, log: Log) -> Result<u8> {
         connected: connected.take(),
         handoff: handoff.next(),
         ended: part.ended.clone(),
+        shares: shares.clone(),
     });
     let (engine, mut crew) = if is_to_use_uring(config.engine, &log)? {
         (Uring::NAME, Crew::start::<Uring>(seeds.collect())?)
@@ -153,6 +161,21 @@ fn serve(part: Part, log: Log) -> Result<u8> {
     printed?;
     let failed = !matches!(last_end, None | Some(End::Complete | End::Stopped));
     Ok(if part.single && failed { Kind::Connection.status() } else { 0 })
+}
+
+fn settings(config: &Config, target: Option<SocketAddr>, single: bool) -> Settings {
+    let is_foreign = |one: &Forward| matches!(one.listen, ListenSide::Listener(_));
+    Settings {
+        transfer: config.transfer,
+        grace_ms: config.reset_timeout_ms,
+        clock: config.times.into(),
+        target: target.map_or_else(|| "-C".to_owned(), |target| target.to_string()),
+        single,
+        adopts: config.forwards.iter().any(is_foreign),
+        pipe_size_bytes: config.pipe_size_bytes,
+        max_connections: u32::MAX,
+        place: None,
+    }
 }
 
 fn print_summary(summary: &Summary) -> Result<()> {

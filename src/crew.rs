@@ -2,12 +2,12 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use self::shared::Shared;
 use self::thread::Thread;
 use crate::engine::{Setup, Start};
 use crate::error::{Error, Kind, Result};
@@ -17,10 +17,12 @@ use crate::log::Log;
 use crate::netns::OpenNetns;
 use crate::pace::Home;
 use crate::queue::Queues;
+use crate::spread::{Place, Spread};
 use crate::stats::Stats;
 use crate::sys::SharedCounters;
 use crate::worker::Settings;
 
+mod shared;
 mod thread;
 
 const LOW_LIMIT: &str = "RLIMIT_NOFILE is too low";
@@ -41,6 +43,8 @@ pub struct Seed {
     pub handoff: Option<Channel>,
     /// Where to count the connections that have ended.
     pub ended: SharedCounters,
+    /// The CPUs that all workers may have, if they are to share connections by them.
+    pub shares: Option<Arc<[usize]>>,
 }
 
 /// What a worker is told.
@@ -80,28 +84,20 @@ struct Ended {
 /// A worker thread, seen from outside.
 struct Handle {
     commands: Sender<Command>,
-    wake: EventFd,
+    shared: Arc<Shared>,
     thread: JoinHandle<()>,
-    /// Connections it has, those it was given and has not yet seen included.
-    load: Arc<AtomicU32>,
-    /// Most it may have at a time.
-    limit: u32,
 }
 
 impl Handle {
-    fn load(&self) -> u32 {
-        self.load.load(Ordering::Relaxed)
-    }
-
     fn give(&self, client: OwnedFd) {
-        self.load.fetch_add(1, Ordering::Relaxed);
+        self.shared.count(1);
         self.tell(Command::Forward(client));
     }
 
     fn tell(&self, command: Command) {
         // A worker that has ended hears nothing; its report is on its way.
         let _ = self.commands.send(command);
-        let _ = self.wake.write(1);
+        self.shared.wake();
     }
 }
 
@@ -155,9 +151,16 @@ impl Crew {
             is_draining: false,
             are_ours: None,
         };
-        for (index, seed) in seeds.into_iter().enumerate() {
+        let spread = Arc::new(Spread::new(seeds.len()));
+        let share = |seed: &Seed| {
+            event_fd().map(|wake| Arc::new(Shared::new(wake, seed.settings.max_connections)))
+        };
+        let siblings: Arc<[_]> = seeds.iter().map(share).collect::<Result<Vec<_>>>()?.into();
+        for (index, mut seed) in seeds.into_iter().enumerate() {
+            let place = || Place { index, spread: Arc::clone(&spread) };
+            seed.settings.place = seed.shares.is_some().then(place);
             let reporter = Reporter { reports: report.clone(), attention: crew.attention() };
-            crew.workers.push(spawn::<E>(index, seed, reporter)?);
+            crew.workers.push(spawn::<E>(index, seed, Arc::clone(&siblings), reporter)?);
         }
         for _ in 0..crew.workers.len() {
             // The channel cannot close: `report` is here.
@@ -264,8 +267,8 @@ impl Crew {
             return;
         }
         while !self.queues.is_empty() {
-            let have_room = self.workers.iter().filter(|worker| worker.load() < worker.limit);
-            let Some(worker) = have_room.min_by_key(|worker| worker.load()) else { return };
+            let have_room = self.workers.iter().filter(|worker| worker.shared.has_room());
+            let Some(worker) = have_room.min_by_key(|worker| worker.shared.load()) else { return };
             let Ok(client) = self.queues.take() else { return };
             client.into_iter().for_each(|client| worker.give(client));
         }
@@ -322,19 +325,22 @@ impl Reporter {
     }
 }
 
-fn spawn<E: Start>(index: usize, seed: Seed, reporter: Reporter) -> Result<Handle> {
+fn spawn<E: Start>(
+    index: usize,
+    seed: Seed,
+    siblings: Arc<[Arc<Shared>]>,
+    reporter: Reporter,
+) -> Result<Handle> {
     let (commands, orders) = channel();
-    let load = Arc::new(AtomicU32::new(0));
-    let (counter, limit) = (Arc::clone(&load), seed.settings.max_connections);
-    let wake = event_fd()?;
-    let woken = wake
+    let shared = Arc::clone(&siblings[index]);
+    let woken = shared
         .as_fd()
         .try_clone_to_owned()
         .map_err(|error| Error::new(Kind::Kernel, format!("cannot copy an eventfd: {error}")))?;
     let thread = std::thread::Builder::new()
         .name(format!("worker-{index}"))
         .spawn(move || {
-            let ended = match Thread::<E>::new(index, seed, woken, orders, counter) {
+            let ended = match Thread::<E>::new(index, seed, woken, orders, siblings) {
                 Ok(mut thread) => {
                     reporter.send(Report::Started);
                     let result = thread.serve(&reporter);
@@ -347,7 +353,7 @@ fn spawn<E: Start>(index: usize, seed: Seed, reporter: Reporter) -> Result<Handl
             reporter.send(Report::Ended(ended));
         })
         .map_err(|error| Error::new(Kind::Kernel, format!("cannot start a worker: {error}")))?;
-    Ok(Handle { commands, wake, thread, load, limit })
+    Ok(Handle { commands, shared, thread })
 }
 
 fn event_fd() -> Result<EventFd> {

@@ -20,6 +20,7 @@ use crate::config::Transfer;
 
 mod ending;
 pub mod half;
+mod leaving;
 mod words;
 
 use half::{Half, Held};
@@ -68,6 +69,8 @@ pub struct Flow {
     starved: bool,
     /// Bytes the flow may still splice in this turn.
     turn_left: u32,
+    /// To go on elsewhere.
+    leaving: bool,
     /// The side's socket reported a failure that reading has not come to yet.
     alarmed: [bool; 2],
     /// What is left of the time to deliver what a failed socket had sent.
@@ -106,6 +109,7 @@ impl Flow {
             waiting_turn: false,
             starved: false,
             turn_left: 0,
+            leaving: false,
             alarmed: [false; 2],
             grace_left_ms: grace_ms,
             paused_ms: 0,
@@ -203,6 +207,7 @@ impl Flow {
                     *watched = true;
                 }
             }
+            Event::Leave => self.leaving = true,
             Event::Tick(limits) => self.on_tick(limits),
             Event::Stop => self.terminate(End::Stopped),
         }
@@ -281,6 +286,9 @@ impl Flow {
     }
 
     fn next_open(&mut self) -> Option<Action> {
+        if self.leaving && self.is_quiet() {
+            return self.next_leaving();
+        }
         let wish = self.next_half(Side::Listen).or_else(|| self.next_half(Side::Connect));
         wish.or_else(|| self.next_ending())
     }
@@ -363,35 +371,4 @@ fn ask(question: Question) -> Option<Action> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn actions(flow: &mut Flow) -> Vec<Action> {
-        std::iter::from_fn(|| flow.next()).collect()
-    }
-
-    #[test]
-    fn what_a_target_sent_before_it_reset_the_new_connection_is_delivered() {
-        let half = Side::Connect;
-        let flow = &mut Flow::connecting(Transfer::Copy, 1000);
-        assert!(actions(flow).contains(&Action::Start(Op::Connect)));
-        flow.on(Event::Connected(Err(Errno::ECONNRESET)));
-        assert!(actions(flow).contains(&Action::Start(Op::Readable(half))));
-        flow.on(Event::Turn);
-        flow.on(Event::Readable { half, urgent: Ok(false) });
-        assert_eq!(actions(flow), [Action::Start(Op::Recv(half))]);
-        flow.on(Event::Received { half, result: Ok(10), more: false });
-        assert!(actions(flow).contains(&Action::Start(Op::Send(half))));
-        flow.on(Event::Sent { half, result: Ok(10) });
-        flow.on(Event::Readable { half, urgent: Ok(false) });
-        assert_eq!(actions(flow), [Action::Release(half), Action::Start(Op::Recv(half))]);
-        flow.on(Event::Received { half, result: Ok(0), more: false });
-        assert!(actions(flow).contains(&Action::Ask(Question::Unsent(Side::Listen))));
-        flow.on(Event::Unsent { bytes: 0 });
-        assert!(actions(flow).contains(&Action::Cancel(Op::Watch(half))));
-        flow.on(Event::Watched { side: half, writable: false, failed: false, armed: false });
-        flow.on(Event::Paused);
-        assert_eq!(actions(flow), [Action::Close { reset: [true, true] }]);
-        assert_eq!(flow.end(), Some(End::Failed(half, Errno::ECONNRESET)));
-    }
-}
+mod tests;

@@ -21,6 +21,7 @@ pub mod pipe;
 pub mod process;
 pub mod queue;
 pub mod socket;
+pub mod spread;
 pub mod stats;
 pub mod sys;
 pub mod takeover;

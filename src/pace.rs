@@ -77,6 +77,11 @@ impl Pace {
         }
     }
 
+    /// Whether most of them spliced.
+    pub fn is_bulk(&self) -> bool {
+        self.bulk.is()
+    }
+
     fn judge(&mut self, stats: &Stats) {
         let is_bulk = stats.splice_operations > self.splices;
         let is_full = is_bulk || stats.copy_operations >= self.copies + FULL_TURN_COPIES;

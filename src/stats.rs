@@ -21,6 +21,8 @@ pub struct Stats {
     pub bytes_to_target: u64,
     /// Bytes passed on to the client.
     pub bytes_to_client: u64,
+    /// Times a connection went from one worker to another.
+    pub moves: u64,
     /// Times a worker handed its requests to the kernel and took what had completed.
     pub turns: u64,
     /// Receives and sends.
@@ -79,6 +81,7 @@ impl Stats {
         self.stopped += other.stopped;
         self.bytes_to_target += other.bytes_to_target;
         self.bytes_to_client += other.bytes_to_client;
+        self.moves += other.moves;
         self.turns += other.turns;
         self.copy_operations += other.copy_operations;
         self.splice_operations += other.splice_operations;

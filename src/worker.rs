@@ -1,7 +1,7 @@
 //! A worker: one engine and the flows it serves.
 //!
-//! Each turn hands the requests of the last one to the kernel, collects what has completed,
-//! tells the flows, and carries out what they want. A worker shares nothing with its siblings.
+//! Each turn hands the requests of the last one to the kernel, collects what has completed, tells
+//! the flows, and carries out what they want. Siblings share where connections are to be.
 //!
 //! It must not know which engine it has, or what a flow's state is.
 
@@ -14,15 +14,18 @@ use crate::config::Transfer;
 use crate::engine::{Engine, Outcome, Sleep, Token};
 use crate::flow::{Action, End, Event, Flow, Op, Side, TURN_BYTES};
 use crate::log::Log;
+use crate::spread::Place;
 use crate::stats::Stats;
 use crate::sys::is_shortage;
 
 mod accepting;
 mod clock;
+mod moving;
 mod slot;
 
 use accepting::ACCEPT_PAUSE;
 pub use clock::Clock;
+pub use moving::Moved;
 use slot::{Record, Slot, Tenant, describe, display};
 
 /// What a worker is to do with connections.
@@ -44,6 +47,8 @@ pub struct Settings {
     pub pipe_size_bytes: u32,
     /// Connections above which none is accepted.
     pub max_connections: u32,
+    /// Among those it shares connections with; `None`: with nobody.
+    pub place: Option<Place>,
 }
 
 /// What a fill of a pipe counts for in a turn at least: it is a call, however little it moves.
@@ -70,6 +75,8 @@ pub struct Worker<E: Engine> {
     waiting: VecDeque<E::Socket>,
     /// Flows that gave way to others, in the order in which they go on.
     yielded: VecDeque<(u32, u32)>,
+    /// Connections that go to other workers.
+    leavers: VecDeque<(usize, Moved<E::Socket>)>,
     /// Bytes that flows have taken into pipes, from the start; see [`FILL_BYTES_MIN`].
     filled_bytes: u64,
     /// Flows that wait for a buffer.
@@ -108,6 +115,7 @@ impl<E: Engine> Worker<E> {
             free: Vec::new(),
             waiting: VecDeque::new(),
             yielded: VecDeque::new(),
+            leavers: VecDeque::new(),
             filled_bytes: 0,
             starved: VecDeque::new(),
             has_spare_buffer: false,
@@ -151,13 +159,7 @@ impl<E: Engine> Worker<E> {
         let record = self.log.is_verbose().then(|| {
             Box::new(Record { client: self.engine.peer(&client), started: Instant::now() })
         });
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot { generation: 0, tenant: None });
-            self.slots.len() as u32 - 1
-        });
-        self.slots[index as usize].tenant = Some(Tenant::new(flow, [client, target], record));
-        self.run_clock();
-        self.pump(index);
+        self.seat(Tenant::new(flow, [client, target], record, self.home()));
     }
 
     /// Accepts no more; [`Worker::is_done`] tells when all flows have ended by themselves.
@@ -304,6 +306,7 @@ impl<E: Engine> Worker<E> {
         let current = slot.filter(|slot| slot.generation == generation);
         if let Some(tenant) = current.and_then(|slot| slot.tenant.as_mut()) {
             tenant.completed(&mut self.engine, op, outcome, &mut self.stats);
+            self.place(index);
             self.pump(index);
         }
     }
@@ -338,6 +341,7 @@ impl<E: Engine> Worker<E> {
                 Action::Shutdown(side) => self.engine.shutdown(&tenant.sockets[side.index()]),
                 Action::Yield => self.yielded.push_back((index, *generation)),
                 Action::Starve => self.starved.push_back((index, *generation)),
+                Action::Leave => self.part_with(index),
                 Action::Close { reset } => self.close(index, reset),
             }
         }
@@ -355,10 +359,7 @@ impl<E: Engine> Worker<E> {
     }
 
     fn close(&mut self, index: u32, reset: [bool; 2]) {
-        let slot = &mut self.slots[index as usize];
-        let Some(Tenant { flow, sockets, record, .. }) = slot.tenant.take() else { return };
-        slot.generation = (slot.generation + 1) & Token::GENERATION_MASK;
-        self.free.push(index);
+        let Some(Tenant { flow, sockets, record, .. }) = self.vacate(index) else { return };
         let end = flow.end().unwrap_or(End::Stopped);
         let client = match (&record, end) {
             (Some(record), _) => display(record.client),

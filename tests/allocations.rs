@@ -101,6 +101,7 @@ impl Observed {
                 adopts: false,
                 pipe_size_bytes: 1 << 20,
                 max_connections: u32::MAX,
+                place: None,
             };
             let (log, _) = Log::start(false).unwrap();
             let mut worker = Worker::new(engine, settings, log, None);

@@ -87,7 +87,15 @@ fn a_seed_decides_everything() {
 fn flows_that_need_less_share_a_turn() {
     let logs = logs();
     let shared = |seed| run(seed, &logs, false).is_ok_and(|summary| summary.shared_fills > 0);
-    assert!((0..500).any(shared), "each has a turn of its own");
+    assert!((0..4000).any(shared), "each has a turn of its own");
+}
+
+#[test]
+fn connections_leave_and_come_back() {
+    let logs = logs();
+    let moves = |seed| run(seed, &logs, false).map_or(0, |summary| summary.moves);
+    let moves: u64 = (0..2000).map(moves).sum();
+    assert!(moves > 100, "{moves} moves");
 }
 
 fn replay(seed: u64) {

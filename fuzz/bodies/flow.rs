@@ -197,6 +197,7 @@ impl Shadow {
                 assert!(!self.waits_for_turn, "the flow waits for its turn twice");
                 self.waits_for_turn = true;
             }
+            Action::Leave => self.leave(),
             Action::Close { reset } => self.close(reset),
         }
     }
@@ -241,6 +242,15 @@ impl Shadow {
         }
         let sending = self.in_flight.contains(&Op::Send(half));
         assert!(!sending, "a buffer is given back while it is sent from");
+    }
+
+    /// It goes on with another engine, which knows nothing of it.
+    fn leave(&self) {
+        assert!(self.in_flight.is_empty(), "leaves with {:?} in flight", self.in_flight);
+        assert!(!self.waits_for_turn, "leaves a place in the queue");
+        for half in self.halves {
+            assert_eq!(half.holds, Holds::Nothing, "leaves");
+        }
     }
 
     fn close(&mut self, reset: [bool; 2]) {
@@ -380,6 +390,9 @@ impl Shadow {
             // What it may cut short.
             self.stopped |= limits != Limits::default();
             return self.flow.on(Event::Tick(limits));
+        }
+        if choice == 253 {
+            return self.flow.on(Event::Leave);
         }
         let events = self.in_flight.len() + usize::from(self.waits_for_turn);
         let Some(&op) = self.in_flight.get(usize::from(choice) % events.max(1)) else {

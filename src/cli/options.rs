@@ -204,7 +204,8 @@ const FORWARDING: &[Opt] = &[
         short: None,
         long: "--workers",
         value: Some(WORKERS),
-        help: "Number of worker threads, 1 to 1024",
+        help: "Number of worker threads, 1 to 1024, each of which keeps the connections it gets. \
+               Else, while CPUs are short, those with short messages are brought together in few",
         default: Some("one for each allowed CPU"),
     },
     Opt {

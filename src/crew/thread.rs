@@ -3,12 +3,11 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::Receiver;
 
 use nix::errno::Errno;
 
-use super::{Command, Ended, Report, Reporter, Seed};
+use super::{Command, Ended, Report, Reporter, Seed, Shared};
 use crate::engine::{Sleep, Start, Token};
 use crate::error::{Error, Kind, Result};
 use crate::handoff::{Channel, Message};
@@ -16,6 +15,7 @@ use crate::log::Log;
 use crate::netns;
 use crate::pace::{Home, Pace};
 use crate::queue;
+use crate::spread::gauge::Gauge;
 use crate::sys::{SharedCounters, is_shortage, set_nonblocking};
 use crate::worker::Worker;
 
@@ -33,10 +33,11 @@ pub(super) struct Thread<E: Start> {
     ended: SharedCounters,
     /// Connections counted in `ended` so far.
     ended_count: u64,
-    /// Connections the worker has, as far as is known outside.
-    load: Arc<AtomicU32>,
-    /// What is counted there of those it has.
+    /// What all workers share, this one too.
+    siblings: Arc<[Arc<Shared>]>,
+    /// What is counted there of the connections it has.
     load_count: u32,
+    gauge: Option<Gauge>,
     pace: Pace,
     log: Log,
 }
@@ -47,12 +48,18 @@ impl<E: Start> Thread<E> {
         seed: Seed,
         woken: OwnedFd,
         orders: Receiver<Command>,
-        load: Arc<AtomicU32>,
+        siblings: Arc<[Arc<Shared>]>,
     ) -> Result<Self> {
         if let Some(home) = &seed.home {
             pin(home)?;
         }
         let engine = E::start(&seed.setup)?;
+        let place = seed.settings.place.clone().zip(seed.shares);
+        let gauge = place.and_then(|(place, cpus)| {
+            let gauge = Gauge::new(place.clone(), cpus);
+            // Without /proc nobody knows better than all.
+            gauge.map_err(|_| place.spread.give_up()).ok()
+        });
         let mut worker = Worker::new(engine, seed.settings, seed.log.clone(), seed.connected);
         worker.engine().readable(Token::Command, &woken);
         if let Some(channel) = &seed.handoff {
@@ -68,15 +75,16 @@ impl<E: Start> Thread<E> {
             leaving: None,
             ended: seed.ended,
             ended_count: 0,
-            load,
+            siblings,
             load_count: 0,
+            gauge,
             pace: Pace::new(seed.home),
             log: seed.log,
         })
     }
 
     pub(super) fn serve(&mut self, reporter: &Reporter) -> Result<()> {
-        while !self.worker.is_done() {
+        while !(self.worker.is_done() && self.siblings[self.index].close()) {
             let woken = self.worker.turn().map_err(|errno| {
                 let what = format!("{}: cannot wait for completions", E::NAME);
                 Error::system(Kind::Kernel, what, errno, "")
@@ -91,8 +99,10 @@ impl<E: Start> Thread<E> {
             if woken.handoff || (self.must_look_again && !self.worker.is_paused()) {
                 self.take_over();
             }
+            self.part();
             self.publish();
             self.pace.turned(self.worker.stats());
+            self.gauge.iter_mut().for_each(|gauge| gauge.turned(self.pace.is_bulk()));
         }
         Ok(())
     }
@@ -150,7 +160,19 @@ impl<E: Start> Thread<E> {
                 Command::Stop => self.worker.stop(),
             }
         }
+        for moved in self.siblings[self.index].take() {
+            self.worker.join(moved);
+        }
         self.worker.engine().readable(Token::Command, &self.woken);
+    }
+
+    /// Gives connections to the siblings whose they are to be. What these do not take goes on here.
+    fn part(&mut self) {
+        while let Some((to, moved)) = self.worker.leaver() {
+            if let Some(moved) = self.siblings[to].put(moved) {
+                self.worker.keep(moved);
+            }
+        }
     }
 
     /// Takes over the connections the listener has accepted for this worker.
@@ -191,7 +213,7 @@ impl<E: Start> Thread<E> {
     fn publish(&mut self) {
         let load = self.worker.load();
         if load != self.load_count {
-            self.load.fetch_add(load.wrapping_sub(self.load_count), Ordering::Relaxed);
+            self.siblings[self.index].count(load.wrapping_sub(self.load_count));
             self.load_count = load;
         }
         let stats = self.worker.stats();

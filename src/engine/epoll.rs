@@ -257,6 +257,10 @@ impl Engine for Epoll {
         self.listening.take_if(|listening| *listening == fd);
     }
 
+    fn leave(&mut self, socket: &OwnedFd) {
+        self.interest.forget(socket.as_raw_fd());
+    }
+
     fn target_socket(&mut self) -> Result<OwnedFd, Errno> {
         calls::target_socket(self.target.as_ref(), &self.sockets)
     }

@@ -206,6 +206,9 @@ pub trait Engine {
     fn cancel(&mut self, token: Token);
     /// Closes a socket that has no request in flight. One that had some must be closed so.
     fn close(&mut self, socket: Self::Socket);
+    /// Knows nothing of a socket any more that has no request in flight: another engine is to have
+    /// it.
+    fn leave(&mut self, socket: &Self::Socket);
 
     /// A new socket for the target, ready to be connected.
     fn target_socket(&mut self) -> Result<Self::Socket, Errno>;

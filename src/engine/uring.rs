@@ -20,7 +20,7 @@ use nix::sys::socket::{SockaddrLike, SockaddrStorage};
 use self::buffers::{Buffers, GROUP};
 use self::readiness::Readiness;
 pub use self::setup::probe;
-use self::setup::{CQ_ENTRIES, Refusal, SQ_ENTRIES, build_ring, errno_of};
+use self::setup::{CQ_ENTRIES, Refusal, SQ_ENTRIES, build_ring, decode_result, errno_of};
 use super::{Buffer, Completion, Engine, Outcome, Setup, Sleep, Start, Token, calls};
 use crate::config::SocketOptions;
 use crate::error::{Error, Kind};
@@ -287,6 +287,10 @@ impl Engine for Uring {
         self.push(Token::Ignored, entry.flags(squeue::Flags::SKIP_SUCCESS));
     }
 
+    fn leave(&mut self, socket: &OwnedFd) {
+        self.readiness.forget(socket);
+    }
+
     fn target_socket(&mut self) -> Result<OwnedFd, Errno> {
         calls::target_socket(self.target.as_deref(), &self.sockets)
     }
@@ -361,8 +365,7 @@ impl Engine for Uring {
             self.push_chain(&[entry]);
         }
         let sleep = if self.readiness.has_news() { Sleep::No } else { sleep };
-        let spins = sleep != Sleep::No && !self.busy_poll.is_zero();
-        if spins && self.inbox.is_empty() {
+        if sleep != Sleep::No && !self.busy_poll.is_zero() && self.inbox.is_empty() {
             self.enter(Sleep::No)?;
             if self.inbox.is_empty() {
                 self.spin();
@@ -392,22 +395,4 @@ fn timespec(ms: u32) -> Timespec {
 
 fn fd(socket: &OwnedFd) -> Fd {
     Fd(socket.as_raw_fd())
-}
-
-/// The kernel reports a failure as a negative errno.
-fn decode_result(result: i32) -> Result<u32, Errno> {
-    u32::try_from(result).map_err(|_| Errno::from_raw(-result))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_negative_result_is_an_errno() {
-        assert_eq!(decode_result(-22), Err(Errno::EINVAL));
-        assert_eq!(decode_result(-104), Err(Errno::ECONNRESET));
-        assert_eq!(decode_result(0), Ok(0));
-        assert_eq!(decode_result(16384), Ok(16384));
-    }
 }

@@ -61,16 +61,21 @@ impl Flow {
     }
 
     /// Whether the side's socket failed.
-    fn is_troubled(&self, side: Side) -> bool {
+    pub(super) fn is_troubled(&self, side: Side) -> bool {
         self.failed[side.index()].is_some() || self.alarmed[side.index()]
     }
 
+    /// Ends early what is in flight.
+    pub(super) fn next_cancel(&mut self) -> Option<Action> {
+        let is_to_end = |op: &Op| self.in_flight.has(*op) && !self.cancelled.has(*op);
+        let op = Op::ALL.into_iter().find(is_to_end)?;
+        self.cancelled.insert(op);
+        Some(Action::Cancel(op))
+    }
+
     pub(super) fn next_closing(&mut self, end: End) -> Option<Action> {
-        for op in Op::ALL {
-            if self.in_flight.has(op) && !self.cancelled.has(op) {
-                self.cancelled.insert(op);
-                return Some(Action::Cancel(op));
-            }
+        if let Some(cancel) = self.next_cancel() {
+            return Some(cancel);
         }
         if !self.in_flight.is_empty() {
             return None;

@@ -108,6 +108,8 @@ pub enum Action {
     Yield,
     /// Nothing can be received for want of a buffer: report [`Event::Turn`] when one is free.
     Starve,
+    /// Nothing is in flight and nothing held: the flow can go on with another engine.
+    Leave,
     /// The flow is over and nothing is in flight: reset some sockets, close both.
     Close {
         /// By side: its peer must see a reset.
@@ -248,6 +250,8 @@ pub enum Event {
     },
     /// The wait asked for by [`Action::Yield`] or [`Action::Starve`] is over.
     Turn,
+    /// The flow is to go on elsewhere, as soon as it is between two messages.
+    Leave,
     /// A tick of the worker's clock has passed; by it flows are timed.
     Tick(Limits),
     /// The flow is to end now, whatever its state.

@@ -5,6 +5,7 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::sys::socket::SockaddrStorage;
 
+use super::moving::Reads;
 use crate::engine::{Buffer, Engine, Outcome, Token};
 use crate::flow::{End, Event, Flow, Limit, Op, Question, Side};
 use crate::stats::Stats;
@@ -23,6 +24,11 @@ pub(super) struct Tenant<E: Engine> {
     pub(super) buffers: [Option<Buffer>; 2],
     pub(super) pipes: [Option<E::Pipe>; 2],
     pub(super) record: Option<Box<Record>>,
+    /// The worker that the connection came to.
+    pub(super) home: u16,
+    /// Where it is to go, if it is to leave.
+    pub(super) to: u16,
+    pub(super) reads: Reads,
 }
 
 /// What the log says of a flow at its end; kept only when it will.
@@ -32,8 +38,14 @@ pub(super) struct Record {
 }
 
 impl<E: Engine> Tenant<E> {
-    pub(super) fn new(flow: Flow, sockets: [E::Socket; 2], record: Option<Box<Record>>) -> Self {
-        Self { flow, sockets, buffers: [None, None], pipes: [None, None], record }
+    pub(super) fn new(
+        flow: Flow,
+        sockets: [E::Socket; 2],
+        record: Option<Box<Record>>,
+        home: u16,
+    ) -> Self {
+        let (buffers, pipes) = Default::default();
+        Self { flow, sockets, buffers, pipes, record, home, to: home, reads: Reads::default() }
     }
 
     /// Begins a request of the flow. `promises`: sockets may be told that more is to come.
@@ -74,6 +86,7 @@ impl<E: Engine> Tenant<E> {
                     len
                 });
                 stats.copy_operations += u64::from(result.is_ok_and(|len| len > 0));
+                self.reads.copied();
                 stats.no_buffer += u64::from(result == Err(Errno::ENOBUFS));
                 if result == Err(Errno::EAGAIN) {
                     // It was readable: it must not seem so for ever.
@@ -116,6 +129,7 @@ impl<E: Engine> Tenant<E> {
             }
             Event::Fill { result: Ok(len @ 1..), .. } => {
                 stats.splice_operations += 1;
+                self.reads.spliced();
                 filled = len;
             }
             Event::Drain { result: Ok(len @ 1..), .. } => {

@@ -201,6 +201,15 @@ impl World {
         }
     }
 
+    /// No request is in flight on a socket that another engine is to have, and nothing that was read
+    /// is still to be sent.
+    pub fn check_leave(&self, socket: usize) {
+        let in_flight = self.sockets[socket].in_flight;
+        assert!(in_flight == 0, "socket {socket} leaves with {in_flight} requests in flight");
+        let (read, sent) = (self.sockets[socket].read, self.sockets[other(socket)].taken);
+        assert!(read == sent, "socket {socket} leaves when {sent} of {read} bytes are sent");
+    }
+
     /// No request is in flight on a socket that is closed, and the flow had a reason to end.
     pub fn check_close(&self, socket: usize) {
         assert!(!self.is_closing(socket), "socket {socket} is closed twice");

@@ -158,6 +158,17 @@ impl Engine for FakeEngine {
         world.entered.push(Entered::Close(socket.id));
     }
 
+    fn leave(&mut self, socket: &FakeSocket) {
+        let mut world = self.world();
+        trace!(world, "socket {} leaves", socket.id);
+        world.check_leave(socket.id);
+        world.haunt(socket.id);
+        world.sockets[socket.id].watch = None;
+        // It gets another where it goes on.
+        world.connections[socket.id / 2].name = None;
+        world.leaves += 1;
+    }
+
     fn target_socket(&mut self) -> Result<FakeSocket, Errno> {
         let mut world = self.world();
         let index = world.newest.take().expect("a target is for a client");

@@ -42,6 +42,8 @@ pub struct Plan {
     /// What the first accepts fail with, and how many of them.
     pub accept_error: Errno,
     pub accept_errors: u32,
+    /// Connections that copy are to be with another worker.
+    pub moves: bool,
     /// A pause of the worker is really waited for, instead of ended by the order to stop.
     pub waits_for_pause: bool,
 }
@@ -156,6 +158,7 @@ impl Plan {
         let single = rng.percent(20);
         let is_limited = rng.percent(12);
         let entry = rng.pick(&[Entry::Accepted, Entry::Given]);
+        let max_connections = if rng.percent(10) { rng.range(1, 3) as u32 } else { u32::MAX };
         let waits_for_pause = rng.of_1024(1) && rng.percent(15);
         let accept_errors = [Errno::ECONNABORTED, Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM];
         Self {
@@ -173,7 +176,7 @@ impl Plan {
             target_given: single && rng.percent(40),
             connections,
             buffers: if rng.percent(30) { rng.range(1, 4) as u16 } else { 64 },
-            max_connections: if rng.percent(10) { rng.range(1, 3) as u32 } else { u32::MAX },
+            max_connections,
             limits: limits(rng, is_limited),
             tick: if is_limited { rng.range(1, 60) as u32 } else { 0 },
             pipes: if rng.percent(20) { rng.range(0, 2) as usize } else { 64 },
@@ -190,6 +193,8 @@ impl Plan {
                 false => 0,
             },
             waits_for_pause,
+            // A worker does not count those that another has.
+            moves: max_connections == u32::MAX && rng.percent(25),
         }
     }
 }

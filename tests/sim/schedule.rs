@@ -2,9 +2,11 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use nsplice::log::Log;
-use nsplice::worker::{Clock, Settings, Worker};
+use nsplice::spread::{Place, Spread};
+use nsplice::worker::{Clock, Moved, Settings, Worker};
 
 use crate::engine::{FakeEngine, FakeSocket, Shared};
 use crate::plan::{Entry, Plan};
@@ -20,6 +22,8 @@ pub struct Summary {
     pub turns: u32,
     pub calls: u64,
     pub shared_fills: u64,
+    /// Connections that left, to come back.
+    pub moves: u64,
     /// The next random number.
     pub random: u64,
 }
@@ -51,6 +55,7 @@ pub fn run(seed: u64, logs: &Logs, is_traced: bool) -> Summary {
         turns,
         calls: world.calls,
         shared_fills: world.shared_fills,
+        moves: world.leaves / 2,
         random: world.rng.next(),
     }
 }
@@ -63,6 +68,8 @@ struct Schedule {
     stop_at: Option<u32>,
     /// Connections given to the worker.
     given: usize,
+    /// Connections that are between two workers.
+    moved: Vec<Moved<FakeSocket>>,
     turns: u32,
 }
 
@@ -79,6 +86,8 @@ impl Schedule {
             adopts: false,
             pipe_size_bytes: 0,
             max_connections: plan.max_connections,
+            // The second of two: those that copy are to be with the first.
+            place: plan.moves.then(|| Place { index: 1, spread: Arc::new(Spread::new(2)) }),
         };
         let target = plan.target_given.then(|| {
             world.borrow_mut().connect(0);
@@ -98,18 +107,21 @@ impl Schedule {
             single: plan.single,
             stop_at: plan.stop_at,
             given: 0,
+            moved: Vec::new(),
             turns: 0,
         }
     }
 
     fn run(mut self) -> u32 {
-        while !self.worker.is_done() {
+        while !self.worker.is_done() || !self.moved.is_empty() {
             if self.stop_at == Some(self.turns) {
                 self.stop();
             }
             self.give_some();
             self.tick_some();
+            self.come_back_some();
             self.worker.turn().expect("a fake wait does not fail");
+            self.part();
             if self.world.borrow().is_quiescent {
                 self.settle();
             }
@@ -125,7 +137,7 @@ impl Schedule {
 
     /// Nothing can happen: a connection that is left comes, or it is time to stop.
     fn settle(&mut self) {
-        if self.worker.is_done() || self.give() {
+        if self.come_back() || self.worker.is_done() || self.give() {
             return;
         }
         let world = self.world.borrow();
@@ -133,6 +145,41 @@ impl Schedule {
         assert!(!world.is_stopping, "schedule does not end: the worker does not stop");
         drop(world);
         self.stop();
+    }
+
+    /// Takes the connections that leave. They come back, sooner or later, to a worker that is like
+    /// another.
+    fn part(&mut self) {
+        while let Some((to, moved)) = self.worker.leaver() {
+            assert!(to == 0, "a connection goes to worker {to}");
+            self.moved.push(moved);
+        }
+    }
+
+    fn come_back_some(&mut self) {
+        while !self.moved.is_empty() && !self.world.borrow_mut().rng.percent(50) {
+            self.come_back();
+        }
+    }
+
+    /// False if there is none to come back.
+    fn come_back(&mut self) -> bool {
+        if self.moved.is_empty() {
+            return false;
+        }
+        let is_refused = {
+            let rng = &mut self.world.borrow_mut().rng;
+            let which = rng.index(self.moved.len());
+            self.moved.swap(0, which);
+            rng.percent(30)
+        };
+        let moved = self.moved.swap_remove(0);
+        if is_refused {
+            self.worker.keep(moved)
+        } else {
+            self.worker.join(moved)
+        }
+        true
     }
 
     fn stop(&mut self) {

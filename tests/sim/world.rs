@@ -123,6 +123,8 @@ pub struct World {
     pub calls: u64,
     /// Fills of a flow in a turn in which another one that only waited for it had filled.
     pub shared_fills: u64,
+    /// Sockets that left an engine.
+    pub leaves: u64,
     /// The time.
     pub now_ms: u64,
     /// Bytes that went through pipes.
@@ -177,6 +179,7 @@ impl World {
             turn_calls: 0,
             calls: 0,
             shared_fills: 0,
+            leaves: 0,
             now_ms: 0,
             drained: 0,
             accept_errors: Vec::new(),

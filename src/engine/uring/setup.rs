@@ -146,6 +146,11 @@ fn cause(errno: Errno, host: &Host) -> String {
     }
 }
 
+/// The kernel reports a failure as a negative errno.
+pub(super) fn decode_result(result: i32) -> Result<u32, Errno> {
+    u32::try_from(result).map_err(|_| Errno::from_raw(-result))
+}
+
 pub(super) fn errno_of(error: io::Error) -> Errno {
     Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
 }
@@ -153,6 +158,14 @@ pub(super) fn errno_of(error: io::Error) -> Errno {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_negative_result_is_an_errno() {
+        assert_eq!(decode_result(-22), Err(Errno::EINVAL));
+        assert_eq!(decode_result(-104), Err(Errno::ECONNRESET));
+        assert_eq!(decode_result(0), Ok(0));
+        assert_eq!(decode_result(16384), Ok(16384));
+    }
 
     #[test]
     fn the_cause_is_the_one_the_host_shows() {

@@ -1,0 +1,110 @@
+//! Connections that go from one worker to another, and when.
+
+use super::Worker;
+use super::slot::{Record, Slot, Tenant};
+use crate::engine::{Engine, Token};
+use crate::flow::{Event, Flow};
+use crate::spread::Place;
+
+/// Reads of one kind in a row after which a connection goes where those of that kind are: one with
+/// a few exchanges is over before that is worth anything.
+const READS_TO_MOVE: i8 = 16;
+
+/// A connection between two workers: nothing of it is in flight, and it holds nothing.
+pub struct Moved<S> {
+    flow: Flow,
+    sockets: [S; 2],
+    record: Option<Box<Record>>,
+    home: u16,
+}
+
+/// What the last reads of a connection were: so many copied; less than zero: spliced.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Reads(i8);
+
+impl Reads {
+    pub(super) fn copied(&mut self) {
+        self.0 = (self.0.max(0) + 1).min(READS_TO_MOVE);
+    }
+
+    pub(super) fn spliced(&mut self) {
+        self.0 = (self.0.min(0) - 1).max(-READS_TO_MOVE);
+    }
+
+    /// Whether the last ones were all copied, or all spliced; told once for each so many.
+    fn take_kind(&mut self) -> Option<bool> {
+        let is_known = self.0.abs() == READS_TO_MOVE;
+        is_known.then(|| std::mem::take(&mut self.0) > 0)
+    }
+}
+
+impl<E: Engine> Worker<E> {
+    /// The name of this worker as the one that a connection came to.
+    pub(super) fn home(&self) -> u16 {
+        self.settings.place.as_ref().map_or(0, |place| place.index as u16)
+    }
+
+    /// Has the connection leave if it is to be elsewhere.
+    pub(super) fn place(&mut self, index: u32) {
+        let Some(Place { index: here, spread }) = &self.settings.place else { return };
+        let Some(tenant) = &mut self.slots[index as usize].tenant else { return };
+        let Some(is_copied) = tenant.reads.take_kind() else { return };
+        let to = spread.place(tenant.home.into(), is_copied);
+        if to != *here {
+            tenant.to = to as u16;
+            tenant.flow.on(Event::Leave);
+        }
+    }
+
+    /// Gives a connection a slot, and lets it go on.
+    pub(super) fn seat(&mut self, tenant: Tenant<E>) {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot { generation: 0, tenant: None });
+            self.slots.len() as u32 - 1
+        });
+        self.slots[index as usize].tenant = Some(tenant);
+        self.run_clock();
+        self.pump(index);
+    }
+
+    /// Takes what is in a slot out of it.
+    pub(super) fn vacate(&mut self, index: u32) -> Option<Tenant<E>> {
+        let slot = &mut self.slots[index as usize];
+        let tenant = slot.tenant.take()?;
+        slot.generation = (slot.generation + 1) & Token::GENERATION_MASK;
+        self.free.push(index);
+        Some(tenant)
+    }
+
+    /// The connection is ready to go.
+    pub(super) fn part_with(&mut self, index: u32) {
+        let Some(tenant) = self.vacate(index) else { return };
+        let Tenant { flow, sockets, record, home, to, .. } = tenant;
+        for socket in &sockets {
+            self.engine.leave(socket);
+        }
+        self.leavers.push_back((to.into(), Moved { flow, sockets, record, home }));
+        self.accept_next();
+    }
+
+    /// A connection that is to go on with another worker, and with which. It must be given to that
+    /// one, or be [kept](Self::keep).
+    pub fn leaver(&mut self) -> Option<(usize, Moved<E::Socket>)> {
+        self.leavers.pop_front()
+    }
+
+    /// Goes on with a connection of another worker's.
+    pub fn join(&mut self, moved: Moved<E::Socket>) {
+        self.stats.moves += 1;
+        self.keep(moved);
+    }
+
+    /// Goes on with a connection that nobody else took.
+    pub fn keep(&mut self, moved: Moved<E::Socket>) {
+        let Moved { mut flow, sockets, record, home } = moved;
+        if self.stopping {
+            flow.on(Event::Stop);
+        }
+        self.seat(Tenant::new(flow, sockets, record, home));
+    }
+}
