@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::sys::eventfd::EventFd;
 
@@ -15,14 +15,14 @@ pub(super) struct Shared {
     load: AtomicU32,
     /// Most it may have at a time.
     limit: u32,
-    /// Connections of siblings that it is to go on with; `None`: it has ended.
-    inbox: Mutex<Option<Vec<Moved<OwnedFd>>>>,
+    /// Connections of siblings that it is to go on with.
+    inbox: Inbox<Moved<OwnedFd>>,
 }
 
 impl Shared {
     /// `wake`: what the worker waits for.
     pub(super) fn new(wake: EventFd, limit: u32) -> Self {
-        Self { wake, load: AtomicU32::new(0), limit, inbox: Mutex::new(Some(Vec::new())) }
+        Self { wake, load: AtomicU32::new(0), limit, inbox: Inbox::new() }
     }
 
     /// Has the worker look what there is.
@@ -49,30 +49,22 @@ impl Shared {
     /// all may have.
     #[must_use]
     pub(super) fn put(&self, moved: Moved<OwnedFd>) -> Option<Moved<OwnedFd>> {
-        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        match &mut *inbox {
-            Some(inbox) if self.load() + (inbox.len() as u32) < self.limit / 2 => inbox.push(moved),
-            _ => return Some(moved),
+        let room = (self.limit / 2).saturating_sub(self.load());
+        let refused = self.inbox.put(moved, room as usize);
+        if refused.is_none() {
+            self.wake();
         }
-        drop(inbox);
-        self.wake();
-        None
+        refused
     }
 
     /// What siblings have given.
     pub(super) fn take(&self) -> Vec<Moved<OwnedFd>> {
-        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        inbox.as_mut().map(std::mem::take).unwrap_or_default()
+        self.inbox.take()
     }
 
     /// Takes no more; false if there is something that was not taken.
     pub(super) fn close(&self) -> bool {
-        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_empty = inbox.as_ref().is_none_or(Vec::is_empty);
-        if is_empty {
-            *inbox = None;
-        }
-        is_empty
+        self.inbox.close()
     }
 }
 
@@ -80,5 +72,60 @@ impl AsFd for Shared {
     /// What the worker waits for.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
+    }
+}
+
+/// What is given by some and taken by one; `None`: that one has ended.
+struct Inbox<T>(Mutex<Option<Vec<T>>>);
+
+impl<T> Inbox<T> {
+    fn new() -> Self {
+        Self(Mutex::new(Some(Vec::new())))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Vec<T>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns what is not taken: `room` are there already, or nobody takes any more.
+    fn put(&self, item: T, room: usize) -> Option<T> {
+        match &mut *self.lock() {
+            Some(items) if items.len() < room => {
+                items.push(item);
+                None
+            }
+            _ => Some(item),
+        }
+    }
+
+    fn take(&self) -> Vec<T> {
+        self.lock().as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// False if there is something to take.
+    fn close(&self) -> bool {
+        let mut items = self.lock();
+        let is_empty = items.as_ref().is_none_or(Vec::is_empty);
+        if is_empty {
+            *items = None;
+        }
+        is_empty
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_put_into_an_inbox_is_taken_before_it_closes() {
+        let inbox = Inbox::new();
+        assert_eq!([1, 2, 3].map(|item| inbox.put(item, 2)), [None, None, Some(3)]);
+        assert!(!inbox.close());
+        assert_eq!(inbox.take(), [1, 2]);
+        assert!(inbox.close());
+        assert_eq!(inbox.put(4, 2), Some(4), "nobody would take it");
+        assert!(inbox.take().is_empty());
+        assert!(inbox.close());
     }
 }

@@ -137,6 +137,10 @@ impl Schedule {
 
     /// Nothing can happen: a connection that is left comes, or it is time to stop.
     fn settle(&mut self) {
+        // The order to stop may overtake connections on their way, too.
+        if !self.moved.is_empty() && self.world.borrow_mut().rng.percent(5) {
+            return self.stop();
+        }
         if self.come_back() || self.worker.is_done() || self.give() {
             return;
         }
@@ -157,7 +161,7 @@ impl Schedule {
     }
 
     fn come_back_some(&mut self) {
-        while !self.moved.is_empty() && !self.world.borrow_mut().rng.percent(50) {
+        while !self.moved.is_empty() && !self.world.borrow_mut().rng.percent(70) {
             self.come_back();
         }
     }
