@@ -19,6 +19,7 @@ use nix::sys::socket::SockaddrStorage;
 use crate::config::SocketOptions;
 use crate::error::Error;
 use crate::flow::Op;
+use crate::flow::half::BUFFER_BYTES;
 
 /// Names a request, and through it what the completion is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -94,15 +95,19 @@ impl Token {
 /// it back consumes it. So one flow's bytes cannot reach another.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Buffer {
+    // Small, for each connection has room for two.
     id: u16,
-    start: u32,
-    end: u32,
+    start: u16,
+    end: u16,
 }
 
+const _: () = assert!(BUFFER_BYTES <= u16::MAX as u32);
+
 impl Buffer {
-    /// Buffer `id` with `len` received bytes. For engines: each buffer exists once.
+    /// Buffer `id` with `len` received bytes, at most [`BUFFER_BYTES`]. For engines: each buffer
+    /// exists once.
     pub fn received(id: u16, len: u32) -> Self {
-        Self { id, start: 0, end: len }
+        Self { id, start: 0, end: len as u16 }
     }
 
     /// The engine's number of the buffer.
@@ -112,12 +117,12 @@ impl Buffer {
 
     /// Where the bytes not yet sent begin and end.
     pub fn range(&self) -> std::ops::Range<u32> {
-        self.start..self.end
+        self.start.into()..self.end.into()
     }
 
     /// Bytes not yet sent.
     pub fn len(&self) -> u32 {
-        self.end - self.start
+        u32::from(self.end - self.start)
     }
 
     /// Whether all was sent.
@@ -127,7 +132,7 @@ impl Buffer {
 
     /// Takes note that the first `len` bytes were sent.
     pub fn consume(&mut self, len: u32) {
-        self.start = (self.start + len).min(self.end);
+        self.start += len.min(self.len()) as u16;
     }
 }
 
