@@ -31,10 +31,9 @@ impl Reads {
         self.0 = (self.0.min(0) - 1).max(-READS_TO_MOVE);
     }
 
-    /// Whether the last ones were all copied, or all spliced; told once for each so many.
-    fn take_kind(&mut self) -> Option<bool> {
-        let is_known = self.0.abs() == READS_TO_MOVE;
-        is_known.then(|| std::mem::take(&mut self.0) > 0)
+    /// Whether the last ones were all copied, or all spliced.
+    fn are_copied(self) -> Option<bool> {
+        (self.0.abs() == READS_TO_MOVE).then_some(self.0 > 0)
     }
 }
 
@@ -48,10 +47,11 @@ impl<E: Engine> Worker<E> {
     pub(super) fn place(&mut self, index: u32) {
         let Some(Place { index: here, spread }) = &self.settings.place else { return };
         let Some(tenant) = &mut self.slots[index as usize].tenant else { return };
-        let Some(is_copied) = tenant.reads.take_kind() else { return };
-        let to = spread.place(tenant.home.into(), is_copied);
-        if to != *here {
-            tenant.to = to as u16;
+        let Some(are_copied) = tenant.reads.are_copied() else { return };
+        if spread.place(tenant.home.into(), are_copied) == *here {
+            // To be looked at again after so many more.
+            tenant.reads = Reads::default();
+        } else {
             tenant.flow.on(Event::Leave);
         }
     }
@@ -79,11 +79,14 @@ impl<E: Engine> Worker<E> {
     /// The connection is ready to go.
     pub(super) fn part_with(&mut self, index: u32) {
         let Some(tenant) = self.vacate(index) else { return };
-        let Tenant { flow, sockets, record, home, to, .. } = tenant;
+        let Tenant { flow, sockets, record, home, reads, .. } = tenant;
+        let Some(Place { spread, .. }) = &self.settings.place else { return };
+        // By what it did until now, and what the others do now.
+        let to = spread.place(home.into(), reads.are_copied() == Some(true));
         for socket in &sockets {
             self.engine.leave(socket);
         }
-        self.leavers.push_back((to.into(), Moved { flow, sockets, record, home }));
+        self.leavers.push_back((to, Moved { flow, sockets, record, home }));
         self.accept_next();
     }
 

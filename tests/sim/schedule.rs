@@ -155,7 +155,7 @@ impl Schedule {
     /// another.
     fn part(&mut self) {
         while let Some((to, moved)) = self.worker.leaver() {
-            assert!(to == 0, "a connection goes to worker {to}");
+            assert!(to < 2, "a connection goes to worker {to}");
             self.moved.push(moved);
         }
     }
