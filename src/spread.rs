@@ -6,8 +6,9 @@
 //! long as there is no CPU idle for more. Those that splice stay with the worker they came to, and
 //! those that copy keep away from them. docs/performance.md has the figures.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 pub mod gauge;
 
@@ -20,6 +21,9 @@ const IDLE_TO_GROW: f64 = 0.5;
 
 /// Idle CPUs so few that a worker less gives its CPU to others.
 const IDLE_TO_SHRINK: f64 = 0.3;
+
+/// How long there are not fewer workers after there had to be more.
+const HOLD: Duration = Duration::from_secs(10);
 
 /// What CPUs were used for over a stretch of time, each in CPUs: 1 is one for all that time.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,6 +43,8 @@ pub struct Spread {
     splicing: Box<[AtomicBool]>,
     /// How many have the connections that copy: the first so many.
     active: AtomicUsize,
+    /// When there had to be more of them.
+    grown: Mutex<Option<Instant>>,
 }
 
 /// A worker's place among its siblings.
@@ -54,7 +60,7 @@ impl Spread {
     /// Of so many workers.
     pub fn new(workers: usize) -> Self {
         let splicing = (0..workers).map(|_| AtomicBool::new(false)).collect();
-        Self { splicing, active: AtomicUsize::new(1) }
+        Self { splicing, active: AtomicUsize::new(1), grown: Mutex::new(None) }
     }
 
     /// Whose a connection is that came to the worker `home`, and copies or splices.
@@ -76,19 +82,21 @@ impl Spread {
         self.active.store(self.splicing.len(), Ordering::Relaxed);
     }
 
-    /// Makes of what a worker has seen what is to be made of it. `may_shrink`: it is long since
-    /// there were too few. Returns whether there are more now.
-    fn judge(&self, seen: Use, may_shrink: bool) -> bool {
+    /// Makes of what a worker has seen until `now` what is to be made of it.
+    fn judge(&self, seen: Use, now: Instant) {
+        let mut grown = self.grown.lock().unwrap_or_else(PoisonError::into_inner);
         let active = self.active.load(Ordering::Relaxed);
+        let may_shrink = grown.is_none_or(|at| now.saturating_duration_since(at) > HOLD);
         let next = wanted(active, self.splicing.len(), seen, may_shrink);
-        // Another worker may have been first.
-        let order = Ordering::Relaxed;
-        let is_changed = self.active.compare_exchange(active, next, order, order).is_ok();
-        is_changed && next > active
+        if next > active {
+            *grown = Some(now);
+        }
+        self.active.store(next, Ordering::Relaxed);
     }
 }
 
 /// How many workers are to have the connections that copy, when `active` of `workers` have them.
+/// `may_shrink`: it is long since that was too few.
 fn wanted(active: usize, workers: usize, seen: Use, may_shrink: bool) -> usize {
     let Use { demand, used, idle } = seen;
     if demand >= DEMAND_TO_GROW && idle >= IDLE_TO_GROW {
@@ -114,8 +122,13 @@ mod tests {
         let places = |is_copied| [0, 1, 2, 3].map(|home| spread.place(home, is_copied));
         assert_eq!(places(true), [0, 0, 0, 0]);
         assert_eq!(places(false), [0, 1, 2, 3]);
-        assert!(spread.judge(seen(1.0, 1.0, 2.0), true));
+        let now = Instant::now();
+        spread.judge(seen(1.0, 1.0, 2.0), now);
         assert_eq!(places(true), [0, 1, 0, 1]);
+        spread.judge(seen(0.5, 0.9, 0.0), now + HOLD);
+        assert_eq!(places(true), [0, 1, 0, 1], "one was too few not long ago");
+        spread.judge(seen(0.5, 0.9, 0.0), now + HOLD * 2);
+        assert_eq!(places(true), [0, 0, 0, 0]);
         spread.give_up();
         assert_eq!(places(true), [0, 1, 2, 3]);
     }

@@ -24,6 +24,8 @@ impl Flow {
             return None;
         }
         self.leaving = false;
+        // The clock there ticks at other times.
+        self.bytes_at_tick = None;
         Some(Action::Leave)
     }
 }

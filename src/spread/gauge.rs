@@ -19,9 +19,6 @@ const INTERVAL_MAX: Duration = Duration::from_millis(600);
 /// Turns between two looks at the clock.
 const TURNS_TO_LOOK: u32 = 16;
 
-/// How long there are not fewer workers after there had to be more.
-const HOLD: Duration = Duration::from_secs(10);
-
 /// A tick of `/proc/stat`, in seconds.
 const TICK: f64 = 0.01;
 
@@ -41,7 +38,6 @@ pub struct Gauge {
     cpus: Arc<[usize]>,
     before: Option<Reading>,
     turns: u32,
-    grown: Option<Instant>,
     /// What a file held, to be read without new memory.
     text: Vec<u8>,
 }
@@ -52,8 +48,8 @@ impl Gauge {
     /// # Errors
     /// There is no `/proc`, or it does not tell.
     pub fn new(place: Place, cpus: Arc<[usize]>) -> io::Result<Self> {
-        let (is_splicing, before, turns, grown, text) = Default::default();
-        let mut gauge = Self { place, is_splicing, cpus, before, turns, grown, text };
+        let (is_splicing, before, turns, text) = Default::default();
+        let mut gauge = Self { place, is_splicing, cpus, before, turns, text };
         gauge.read(Instant::now())?;
         Ok(gauge)
     }
@@ -78,10 +74,7 @@ impl Gauge {
         let before = std::mem::replace(&mut self.before, reading);
         let seen = reading.zip(before).map(|(reading, before)| reading.since(&before));
         if let Some(seen) = seen.filter(|_| age < INTERVAL_MAX) {
-            let may_shrink = self.grown.is_none_or(|at| now - at > HOLD);
-            if self.place.spread.judge(seen, may_shrink) {
-                self.grown = Some(now);
-            }
+            self.place.spread.judge(seen, now);
         }
     }
 

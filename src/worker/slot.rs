@@ -26,8 +26,6 @@ pub(super) struct Tenant<E: Engine> {
     pub(super) record: Option<Box<Record>>,
     /// The worker that the connection came to.
     pub(super) home: u16,
-    /// Where it is to go, if it is to leave.
-    pub(super) to: u16,
     pub(super) reads: Reads,
 }
 
@@ -45,7 +43,7 @@ impl<E: Engine> Tenant<E> {
         home: u16,
     ) -> Self {
         let (buffers, pipes) = Default::default();
-        Self { flow, sockets, buffers, pipes, record, home, to: home, reads: Reads::default() }
+        Self { flow, sockets, buffers, pipes, record, home, reads: Reads::default() }
     }
 
     /// Begins a request of the flow. `promises`: sockets may be told that more is to come.

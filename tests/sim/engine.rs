@@ -165,7 +165,8 @@ impl Engine for FakeEngine {
         world.haunt(socket.id);
         world.sockets[socket.id].watch = None;
         // It gets another where it goes on.
-        world.connections[socket.id / 2].name = None;
+        let connection = &mut world.connections[socket.id / 2];
+        (connection.name, connection.delivered_at_tick) = (None, None);
         world.leaves += 1;
     }
 
