@@ -263,7 +263,7 @@ def known(options):
             "reference", "netns_tcp_bridge", "it has no settings; its backlog is 16",
             between(), options.reference, reference,
         ),
-        nsplice("nsplice", "nsplice", "as it is: one worker for each CPU, `--transfer auto`"),
+        nsplice("nsplice", "nsplice", "as it is: `--transfer auto`, up to a worker for each CPU"),
         nsplice("nsplice-copy", "nsplice (copy)", "`--transfer copy`", "--transfer", "copy"),
         nsplice("nsplice-splice", "nsplice (splice)", "`--transfer splice`",
                 "--transfer", "splice"),
