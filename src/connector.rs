@@ -77,9 +77,11 @@ pub fn worker_homes(config: &Config, single: bool) -> Result<Vec<Option<Home>>> 
 }
 
 /// Whether so many workers share connections by what there is to do. A number that was asked for is
-/// how many have them, and `--handoff connections` says where each is to be.
+/// how many have them, `--handoff connections` says where each is to be, and with `--busy-poll`
+/// workers seem busy whatever they do.
 fn share_connections(config: &Config, workers: usize) -> bool {
-    workers > 1 && config.workers.is_none() && config.handoff == Handoff::Socket
+    let is_free = config.workers.is_none() && config.handoff == Handoff::Socket;
+    workers > 1 && is_free && config.busy_poll_us == 0
 }
 
 /// The CPUs that workers may have.
@@ -124,8 +126,8 @@ fn serve(part: Part, log: Log) -> Result<u8> {
         busy_poll_us: config.busy_poll_us,
     };
     let mut connected = connected;
-    let shares = share_connections(config, part.homes.len()).then(|| worker_cpus(config));
-    let shares = shares.transpose()?;
+    let is_sharing = share_connections(config, part.homes.len());
+    let shared_cpus = is_sharing.then(|| worker_cpus(config)).transpose()?;
     let mut handoff = part.handoff.into_iter();
     let places = part.homes.into_iter().zip(&part.limits.connections);
     let seeds = places.map(|(home, &max_connections)| Seed {
@@ -136,7 +138,7 @@ fn serve(part: Part, log: Log) -> Result<u8> {
         connected: connected.take(),
         handoff: handoff.next(),
         ended: part.ended.clone(),
-        shares: shares.clone(),
+        shared_cpus: shared_cpus.clone(),
     });
     let (engine, mut crew) = if is_to_use_uring(config.engine, &log)? {
         (Uring::NAME, Crew::start::<Uring>(seeds.collect())?)

@@ -44,7 +44,7 @@ pub struct Seed {
     /// Where to count the connections that have ended.
     pub ended: SharedCounters,
     /// The CPUs that all workers may have, if they are to share connections by them.
-    pub shares: Option<Arc<[usize]>>,
+    pub shared_cpus: Option<Arc<[usize]>>,
 }
 
 /// What a worker is told.
@@ -151,14 +151,15 @@ impl Crew {
             is_draining: false,
             are_ours: None,
         };
-        let spread = Arc::new(Spread::new(seeds.len()));
+        let cpus = seeds.first().and_then(|seed| seed.shared_cpus.clone());
+        let spread = cpus.map(|cpus| Arc::new(Spread::new(seeds.len(), cpus)));
         let share = |seed: &Seed| {
             event_fd().map(|wake| Arc::new(Shared::new(wake, seed.settings.max_connections)))
         };
         let siblings: Arc<[_]> = seeds.iter().map(share).collect::<Result<Vec<_>>>()?.into();
         for (index, mut seed) in seeds.into_iter().enumerate() {
-            let place = || Place { index, spread: Arc::clone(&spread) };
-            seed.settings.place = seed.shares.is_some().then(place);
+            let place = |spread: &Arc<_>| Place { index, spread: Arc::clone(spread) };
+            seed.settings.place = spread.as_ref().map(place);
             let reporter = Reporter { reports: report.clone(), attention: crew.attention() };
             crew.workers.push(spawn::<E>(index, seed, Arc::clone(&siblings), reporter)?);
         }

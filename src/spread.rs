@@ -6,11 +6,13 @@
 //! long as there is no CPU idle for more. Those that splice stay with the worker they came to, and
 //! those that copy keep away from them. docs/performance.md has the figures.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-pub mod gauge;
+use gauge::Gauge;
+
+mod gauge;
 
 /// How much of the time a worker runs, or waits to, before others are to help it.
 const DEMAND_TO_GROW: f64 = 0.9;
@@ -25,26 +27,24 @@ const IDLE_TO_SHRINK: f64 = 0.3;
 /// How long there are not fewer workers after there had to be more.
 const HOLD: Duration = Duration::from_secs(10);
 
+/// How long a worker that was seen to splice is taken to do so.
+const SPLICING: Duration = Duration::from_millis(500);
+
+/// Between two looks at the CPUs. The kernel counts what is idle in ticks of 10 ms.
+const INTERVAL: Duration = Duration::from_millis(200);
+
+/// A look that comes so late says nothing: the workers slept for want of work.
+const INTERVAL_MAX: Duration = Duration::from_millis(600);
+
 /// What CPUs were used for over a stretch of time, each in CPUs: 1 is one for all that time.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Use {
-    /// The calling thread ran, or waited for a CPU.
-    pub demand: f64,
-    /// All threads of the process ran.
-    pub used: f64,
+struct Use {
+    /// The one that did most of the workers that do not mostly splice ran, or waited for a CPU.
+    demand: f64,
+    /// All of these ran.
+    used: f64,
     /// Nobody ran on those that workers may have.
-    pub idle: f64,
-}
-
-/// What workers know of each other.
-#[derive(Debug)]
-pub struct Spread {
-    /// Which of them mostly splice.
-    splicing: Box<[AtomicBool]>,
-    /// How many have the connections that copy: the first so many.
-    active: AtomicUsize,
-    /// When there had to be more of them.
-    grown: Mutex<Option<Instant>>,
+    idle: f64,
 }
 
 /// A worker's place among its siblings.
@@ -56,42 +56,129 @@ pub struct Place {
     pub spread: Arc<Spread>,
 }
 
+/// What others know of a worker.
+#[derive(Debug, Default)]
+struct Known {
+    /// When it was last seen to splice mostly, in milliseconds from the start.
+    splicing_ms: AtomicU64,
+    /// It takes no connections of others.
+    is_full: AtomicBool,
+}
+
+/// What workers know of each other.
+pub struct Spread {
+    started: Instant,
+    workers: Box<[Known]>,
+    /// How many have the connections that copy.
+    active: AtomicUsize,
+    /// Nobody knows what the CPUs are used for.
+    is_blind: AtomicBool,
+    /// When somebody looked last, in milliseconds from the start.
+    looked_ms: AtomicU64,
+    looks: Mutex<Looks>,
+}
+
+/// What there is to see for the one who looks.
+struct Looks {
+    gauge: Gauge,
+    /// When there had to be more workers.
+    grown: Option<Instant>,
+}
+
+impl std::fmt::Debug for Spread {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Spread").field("workers", &self.workers).finish_non_exhaustive()
+    }
+}
+
 impl Spread {
-    /// Of so many workers.
-    pub fn new(workers: usize) -> Self {
-        let splicing = (0..workers).map(|_| AtomicBool::new(false)).collect();
-        Self { splicing, active: AtomicUsize::new(1), grown: Mutex::new(None) }
+    /// Of so many workers, which may have `cpus`.
+    pub fn new(workers: usize, cpus: Arc<[usize]>) -> Self {
+        Self {
+            started: Instant::now(),
+            workers: (0..workers).map(|_| Known::default()).collect(),
+            active: AtomicUsize::new(1),
+            is_blind: AtomicBool::new(false),
+            looked_ms: AtomicU64::new(0),
+            looks: Mutex::new(Looks { gauge: Gauge::new(workers, cpus), grown: None }),
+        }
     }
 
-    /// Whose a connection is that came to the worker `home`, and copies or splices.
-    pub fn place(&self, home: usize, is_copied: bool) -> usize {
+    /// The calling thread is the one of `worker`.
+    pub fn begin(&self, worker: usize) {
+        self.looks.lock().unwrap_or_else(PoisonError::into_inner).gauge.begin(worker);
+    }
+
+    /// Whose a connection is to be that is with the worker `here`, came to the worker `home` as its
+    /// `number`th, and copies or splices.
+    pub fn worker_for(&self, home: usize, number: usize, here: usize, is_copied: bool) -> usize {
+        let takes =
+            |worker: usize| worker == here || !self.workers[worker].is_full.load(Ordering::Relaxed);
+        if !is_copied || self.is_blind.load(Ordering::Relaxed) {
+            return if takes(home) { home } else { here };
+        }
+        let now = self.ms(Instant::now());
         let active = self.active.load(Ordering::Relaxed);
-        let mut workers = [home % active, home].into_iter().chain(0..self.splicing.len());
-        let is_quiet = |worker: &usize| !self.splicing[*worker].load(Ordering::Relaxed);
-        let place = if is_copied { workers.find(is_quiet) } else { None };
-        place.unwrap_or(home)
+        let quiet = (0..self.workers.len()).filter(|&worker| !self.is_splicing(worker, now));
+        let mut quiet = quiet.filter(|&worker| takes(worker)).take(active);
+        let count = quiet.clone().count();
+        quiet.nth(number % count.max(1)).unwrap_or(here)
     }
 
-    /// Whether `worker` mostly splices.
-    pub fn note_splicing(&self, worker: usize, is_splicing: bool) {
-        self.splicing[worker].store(is_splicing, Ordering::Relaxed);
+    /// Takes note of a worker: `is_splicing`, most of its turns do, until `now`.
+    pub fn note(&self, worker: usize, is_splicing: bool, now: Instant) {
+        let ms = self.ms(now);
+        if is_splicing {
+            self.workers[worker].splicing_ms.store(ms, Ordering::Relaxed);
+        }
+        if ms - self.looked_ms.load(Ordering::Relaxed).min(ms) >= INTERVAL.as_millis() as u64 {
+            self.look(now);
+        }
     }
 
-    /// All workers have connections that copy: nobody knows what the CPUs are used for.
-    pub fn give_up(&self) {
-        self.active.store(self.splicing.len(), Ordering::Relaxed);
+    /// Whether `worker` takes connections of others.
+    pub fn note_full(&self, worker: usize, is_full: bool) {
+        self.workers[worker].is_full.store(is_full, Ordering::Relaxed);
     }
 
-    /// Makes of what a worker has seen until `now` what is to be made of it.
-    fn judge(&self, seen: Use, now: Instant) {
-        let mut grown = self.grown.lock().unwrap_or_else(PoisonError::into_inner);
+    fn look(&self, now: Instant) {
+        let mut looks = match self.looks.try_lock() {
+            Ok(looks) => looks,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // Another one does.
+            Err(TryLockError::WouldBlock) => return,
+        };
+        self.looked_ms.store(self.ms(now), Ordering::Relaxed);
+        let ms = self.ms(now);
+        match looks.gauge.look(now, |worker| self.is_splicing(worker, ms)) {
+            Ok(Some(seen)) => self.judge(seen, now, &mut looks.grown),
+            Ok(None) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                self.is_blind.store(true, Ordering::Relaxed);
+            }
+            // For want of a descriptor, say: another time.
+            Err(_) => {}
+        }
+    }
+
+    fn judge(&self, seen: Use, now: Instant, grown: &mut Option<Instant>) {
         let active = self.active.load(Ordering::Relaxed);
         let may_shrink = grown.is_none_or(|at| now.saturating_duration_since(at) > HOLD);
-        let next = wanted(active, self.splicing.len(), seen, may_shrink);
+        let next = wanted(active, self.workers.len(), seen, may_shrink);
         if next > active {
             *grown = Some(now);
         }
         self.active.store(next, Ordering::Relaxed);
+    }
+
+    fn is_splicing(&self, worker: usize, now_ms: u64) -> bool {
+        let seen = self.workers[worker].splicing_ms.load(Ordering::Relaxed);
+        seen > 0 && now_ms - seen.min(now_ms) < SPLICING.as_millis() as u64
+    }
+
+    /// Never 0, which is before all.
+    fn ms(&self, now: Instant) -> u64 {
+        1 + now.saturating_duration_since(self.started).as_millis() as u64
     }
 }
 
@@ -103,7 +190,8 @@ fn wanted(active: usize, workers: usize, seen: Use, may_shrink: bool) -> usize {
         // A few looks, and all work.
         return (active * 2).min(workers);
     }
-    let fewer = active.saturating_sub(1).max(1);
+    // Half as many: half of the connections stay where they are.
+    let fewer = (active / 2).max(1);
     let can_carry = used <= fewer as f64;
     if may_shrink && idle < IDLE_TO_SHRINK && can_carry { fewer } else { active }
 }
@@ -112,39 +200,58 @@ fn wanted(active: usize, workers: usize, seen: Use, may_shrink: bool) -> usize {
 mod tests {
     use super::*;
 
+    fn spread(workers: usize) -> Spread {
+        Spread::new(workers, (0..workers).collect())
+    }
+
     fn seen(demand: f64, used: f64, idle: f64) -> Use {
         Use { demand, used, idle }
     }
 
+    /// Where four connections of the second worker are to be.
+    fn places(spread: &Spread, is_copied: bool) -> [usize; 4] {
+        [0, 1, 2, 3].map(|number| spread.worker_for(1, number, 1, is_copied))
+    }
+
     #[test]
     fn those_that_copy_are_with_the_first_and_those_that_splice_where_they_came_to() {
-        let spread = Spread::new(4);
-        let places = |is_copied| [0, 1, 2, 3].map(|home| spread.place(home, is_copied));
-        assert_eq!(places(true), [0, 0, 0, 0]);
-        assert_eq!(places(false), [0, 1, 2, 3]);
-        let now = Instant::now();
-        spread.judge(seen(1.0, 1.0, 2.0), now);
-        assert_eq!(places(true), [0, 1, 0, 1]);
-        spread.judge(seen(0.5, 0.9, 0.0), now + HOLD);
-        assert_eq!(places(true), [0, 1, 0, 1], "one was too few not long ago");
-        spread.judge(seen(0.5, 0.9, 0.0), now + HOLD * 2);
-        assert_eq!(places(true), [0, 0, 0, 0]);
-        spread.give_up();
-        assert_eq!(places(true), [0, 1, 2, 3]);
+        let (spread, grown, now) = (spread(4), &mut None, Instant::now());
+        assert_eq!(places(&spread, true), [0, 0, 0, 0]);
+        assert_eq!(places(&spread, false), [1, 1, 1, 1]);
+        spread.judge(seen(1.0, 1.0, 2.0), now, grown);
+        assert_eq!(places(&spread, true), [0, 1, 0, 1]);
+        spread.judge(seen(0.5, 0.9, 0.0), now + HOLD, grown);
+        assert_eq!(places(&spread, true), [0, 1, 0, 1], "one was too few not long ago");
+        spread.judge(seen(0.5, 0.9, 0.0), now + HOLD * 2, grown);
+        assert_eq!(places(&spread, true), [0, 0, 0, 0]);
+        spread.is_blind.store(true, Ordering::Relaxed);
+        assert_eq!(places(&spread, true), [1, 1, 1, 1], "where they came to");
     }
 
     #[test]
     fn those_that_copy_keep_away_from_those_that_splice() {
-        let spread = Spread::new(3);
-        spread.note_splicing(0, true);
-        let places = || [0, 1, 2].map(|home| spread.place(home, true));
-        assert_eq!(places(), [1, 1, 2], "where they came to, unless it splices, too");
-        spread.note_splicing(1, true);
-        assert_eq!(places(), [2, 2, 2]);
-        spread.note_splicing(2, true);
-        assert_eq!(places(), [0, 1, 2], "all splice");
-        spread.note_splicing(0, false);
-        assert_eq!(places(), [0, 0, 0]);
+        let spread = spread(3);
+        spread.note(0, true, Instant::now());
+        assert_eq!(places(&spread, true), [1, 1, 1, 1]);
+        spread.note(1, true, Instant::now());
+        assert_eq!(places(&spread, true), [2, 2, 2, 2]);
+        spread.note(2, true, Instant::now());
+        assert_eq!(places(&spread, true), [1, 1, 1, 1], "all splice: they stay");
+        let later = spread.ms(Instant::now() + SPLICING);
+        assert!(!spread.is_splicing(0, later), "it has nothing to do any more");
+    }
+
+    #[test]
+    fn nobody_goes_to_a_worker_that_is_full() {
+        let spread = spread(3);
+        spread.note_full(0, true);
+        assert_eq!(places(&spread, true), [1, 1, 1, 1]);
+        assert_eq!(spread.worker_for(0, 0, 0, true), 0, "but who is there stays");
+        assert_eq!(spread.worker_for(0, 0, 2, false), 2, "also who splices and came to it");
+        spread.note_full(1, true);
+        assert_eq!(places(&spread, true), [1, 1, 1, 1]);
+        spread.note_full(0, false);
+        assert_eq!(places(&spread, true), [0, 0, 0, 0]);
     }
 
     #[test]
@@ -153,12 +260,13 @@ mod tests {
         assert_eq!(wanted(2, 16, seen(0.95, 1.9, 8.0), true), 4);
         assert_eq!(wanted(8, 12, seen(1.0, 8.0, 1.0), true), 12, "no more than there are");
         assert_eq!(wanted(1, 16, seen(0.8, 0.8, 8.0), true), 1, "one is enough");
-        assert_eq!(wanted(1, 2, seen(1.0, 0.9, 0.3), true), 1, "peers need the CPUs");
+        assert_eq!(wanted(1, 2, seen(1.0, 0.9, 0.4), true), 1, "peers need the CPUs");
     }
 
     #[test]
     fn there_are_fewer_while_cpus_are_short_and_fewer_are_enough() {
         assert_eq!(wanted(2, 2, seen(0.7, 0.9, 0.1), true), 1);
+        assert_eq!(wanted(8, 8, seen(0.7, 3.9, 0.1), true), 4);
         assert_eq!(wanted(2, 2, seen(0.7, 0.9, 0.1), false), 2, "it was too few not long ago");
         assert_eq!(wanted(2, 2, seen(0.7, 1.2, 0.1), true), 2, "one could not carry that");
         assert_eq!(wanted(2, 2, seen(0.7, 0.9, 0.4), true), 2, "nobody needs the CPU");

@@ -159,7 +159,7 @@ impl<E: Engine> Worker<E> {
         let record = self.log.is_verbose().then(|| {
             Box::new(Record { client: self.engine.peer(&client), started: Instant::now() })
         });
-        self.seat(Tenant::new(flow, [client, target], record, self.home()));
+        self.seat(Tenant::new(flow, [client, target], record, self.next_name()));
     }
 
     /// Accepts no more; [`Worker::is_done`] tells when all flows have ended by themselves.
@@ -306,7 +306,7 @@ impl<E: Engine> Worker<E> {
         let current = slot.filter(|slot| slot.generation == generation);
         if let Some(tenant) = current.and_then(|slot| slot.tenant.as_mut()) {
             tenant.completed(&mut self.engine, op, outcome, &mut self.stats);
-            self.place(index);
+            self.consider(index);
             self.pump(index);
         }
     }

@@ -422,6 +422,32 @@ fn a_wait_that_is_cancelled_completes_once_and_loses_nothing() {
 }
 
 #[test]
+fn a_socket_that_was_let_go_is_told_of_by_another_worker_only() {
+    busy!(worker, far);
+    worker.wait_for(0);
+    worker.assert_silent();
+    worker.engine.cancel(worker.token(0, Op::Readable));
+    assert_eq!(worker.told(0), Err(Errno::ECANCELED));
+    worker.engine.let_go(&worker.near[0]);
+    assert_eq!(worker.members(), BUSY - 1);
+    let mut other = Worker::new();
+    other.near.push(worker.near.remove(0));
+    for _ in 0..3 {
+        other.wait_for(0);
+        far[0].write_all(&MESSAGE).unwrap();
+        assert_eq!(other.told(0), Ok(false));
+        other.take(0, MESSAGE.len() as u32);
+        worker.assert_silent();
+    }
+    // It comes back, as another flow.
+    other.engine.let_go(&other.near[0]);
+    worker.near.insert(0, other.near.remove(0));
+    worker.generations[0] += 1;
+    send_messages(&mut worker, &mut far, 20);
+    assert_eq!(worker.members(), BUSY);
+}
+
+#[test]
 fn a_connection_with_the_slot_and_the_number_of_one_that_was_closed_is_another() {
     busy!(worker, far);
     for _ in 0..10 {

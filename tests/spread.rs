@@ -7,17 +7,21 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
 use nix::unistd::Pid;
+use nsplice::config::SocketOptions;
+use nsplice::engine::epoll::Epoll;
+use nsplice::engine::{Engine, Setup, Sleep, Start, Token};
+use nsplice::flow::{Op, Side};
 use serde_json::Value;
 use support::calls::{SIOCATMARK, int_ioctl};
 use support::streams::{self, accept, connect, read_to_end};
-use support::{Forwarder, Launch, Netns, eventually, namespaces, skip};
+use support::{Forwarder, Launch, Netns, Process, eventually, namespaces, skip};
 
 /// Connections at a time: of so many each worker gets some.
 const CONNECTIONS: usize = 24;
@@ -239,4 +243,91 @@ fn a_program_that_drains_goes_on_until_the_last_of_those_that_were_moved() {
     let exit = forwarder.finish();
     exit.assert_clean();
     assert_complete(&exit.summary());
+}
+
+#[test]
+fn there_are_never_more_connections_than_there_may_be() {
+    namespaces!(clients, targets);
+    for most in [2, 4, 16] {
+        let (forwarder, server) =
+            start(&clients, &targets, &["--max-connections", &most.to_string()]);
+        // Each says who it is; most of them wait.
+        let open = |index: u8| {
+            let mut client = clients.enter(|| connect(forwarder.address()));
+            client.write_all(&[index]).unwrap();
+            Some(client)
+        };
+        let mut waiting: Vec<_> = (0..most + 8).map(open).collect();
+        let mut served = Vec::new();
+        while waiting.iter().any(Option::is_some) {
+            while served.len() < usize::from(most) && waiting.iter().any(Option::is_some) {
+                let mut target = accept(&server);
+                let mut index = [0];
+                target.read_exact(&mut index).unwrap();
+                let client = waiting[usize::from(index[0])].take().unwrap();
+                served.push(Pair { client, target });
+            }
+            exchange_all(&mut served);
+            assert!(!streams::is_next(&server, 20), "more than {most}");
+            // One ends, whoever has it; the next one comes.
+            drop(served.remove(0));
+        }
+        let exit = forwarder.stop();
+        exit.assert_clean();
+        assert_eq!(exit.summary()["connections"], most + 8, "{exit:?}");
+    }
+}
+
+#[test]
+fn a_worker_that_gave_a_connection_away_has_room_for_another() {
+    namespaces!(clients, targets);
+    // Two for each of two workers: in every sixth round the two that stay are of the second one.
+    let (forwarder, server) = start(&clients, &targets, &["--max-connections", "4"]);
+    let open = || Pair::open(&clients, &forwarder, &server);
+    for _ in 0..40 {
+        let [first, second, _, _] = [open(), open(), open(), open()];
+        let mut pairs = vec![first, second];
+        exchange_all(&mut pairs);
+        pairs.extend([open(), open()]);
+        exchange_all(&mut pairs);
+    }
+    let exit = forwarder.stop();
+    exit.assert_clean();
+    let moves = exit.summary()["moves"].as_u64().unwrap();
+    assert!(moves > 0 || !has_two_cpus(), "{exit:?}");
+}
+
+/// For io_uring: tests/readiness.rs.
+#[test]
+fn a_socket_that_was_let_go_is_in_no_set_of_the_epoll_engine() {
+    let setup = Setup {
+        target: None,
+        sockets: SocketOptions::default(),
+        pipe_size_bytes: 1 << 20,
+        pipes: 1,
+        busy_poll_us: 0,
+    };
+    let mut engine = Epoll::start(&setup).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut far = connect(listener.local_addr().unwrap());
+    let near = OwnedFd::from(accept(&listener));
+    let [readable, watch] = [Op::Readable(Side::Listen), Op::Watch(Side::Listen)]
+        .map(|op| Token::Flow { index: 0, generation: 0, op });
+    engine.readable(readable, &near);
+    engine.watch(watch, &near);
+    far.write_all(b"a message").unwrap();
+    let is_told = || {
+        engine.wait(Sleep::ForMs(50)).unwrap();
+        let told = std::iter::from_fn(|| engine.completion()).map(|done| done.token);
+        told.collect::<Vec<_>>().contains(&readable).then_some(())
+    };
+    eventually("the message", is_told);
+    engine.cancel(watch);
+    let is_member = || {
+        let sets = Process::of(std::process::id() as i32).unwrap().in_sets();
+        sets.contains(&near.as_raw_fd())
+    };
+    assert!(is_member(), "it stays there for the next request");
+    engine.let_go(&near);
+    assert!(!is_member());
 }

@@ -45,16 +45,23 @@ impl Shared {
     }
 
     /// Gives the worker a sibling's connection; returns it if the worker has ended, or has half of
-    /// those it may have: so there is room for those that come to itself, and all have no more than
-    /// all may have.
+    /// those it may have: so it also has room for one that it accepts meanwhile.
     #[must_use]
     pub(super) fn put(&self, moved: Moved<OwnedFd>) -> Option<Moved<OwnedFd>> {
-        let room = (self.limit / 2).saturating_sub(self.load());
-        let refused = self.inbox.put(moved, room as usize);
+        let refused = self.inbox.put(moved, || {
+            let has_room = !self.is_half_full();
+            self.count(u32::from(has_room));
+            has_room
+        });
         if refused.is_none() {
             self.wake();
         }
         refused
+    }
+
+    /// Whether it takes no connections of siblings.
+    pub(super) fn is_half_full(&self) -> bool {
+        self.load() >= self.limit / 2
     }
 
     /// What siblings have given.
@@ -65,6 +72,13 @@ impl Shared {
     /// Takes no more; false if there is something that was not taken.
     pub(super) fn close(&self) -> bool {
         self.inbox.close()
+    }
+
+    /// Takes no more, whatever there is: the program ends.
+    pub(super) fn give_up(&self) {
+        while !self.inbox.close() {
+            drop(self.inbox.take());
+        }
     }
 }
 
@@ -87,10 +101,10 @@ impl<T> Inbox<T> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns what is not taken: `room` are there already, or nobody takes any more.
-    fn put(&self, item: T, room: usize) -> Option<T> {
+    /// Returns what is not taken: there is no room, or nobody takes any more.
+    fn put(&self, item: T, has_room: impl FnOnce() -> bool) -> Option<T> {
         match &mut *self.lock() {
-            Some(items) if items.len() < room => {
+            Some(items) if has_room() => {
                 items.push(item);
                 None
             }
@@ -120,11 +134,12 @@ mod tests {
     #[test]
     fn what_was_put_into_an_inbox_is_taken_before_it_closes() {
         let inbox = Inbox::new();
-        assert_eq!([1, 2, 3].map(|item| inbox.put(item, 2)), [None, None, Some(3)]);
+        assert_eq!([1, 2].map(|item| inbox.put(item, || true)), [None, None]);
+        assert_eq!(inbox.put(3, || false), Some(3), "there is no room");
         assert!(!inbox.close());
         assert_eq!(inbox.take(), [1, 2]);
         assert!(inbox.close());
-        assert_eq!(inbox.put(4, 2), Some(4), "nobody would take it");
+        assert_eq!(inbox.put(4, || true), Some(4), "nobody would take it");
         assert!(inbox.take().is_empty());
         assert!(inbox.close());
     }

@@ -4,6 +4,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
+use std::time::Instant;
 
 use nix::errno::Errno;
 
@@ -15,9 +16,12 @@ use crate::log::Log;
 use crate::netns;
 use crate::pace::{Home, Pace};
 use crate::queue;
-use crate::spread::gauge::Gauge;
+use crate::spread::Place;
 use crate::sys::{SharedCounters, is_shortage, set_nonblocking};
 use crate::worker::Worker;
+
+/// Turns between two looks at the clock.
+const TURNS_TO_TELL: u32 = 16;
 
 /// A worker thread, seen from inside: the worker and its channels.
 pub(super) struct Thread<E: Start> {
@@ -37,7 +41,9 @@ pub(super) struct Thread<E: Start> {
     siblings: Arc<[Arc<Shared>]>,
     /// What is counted there of the connections it has.
     load_count: u32,
-    gauge: Option<Gauge>,
+    place: Option<Place>,
+    /// Turns so far, as far as they can be told apart.
+    turns: u32,
     pace: Pace,
     log: Log,
 }
@@ -54,12 +60,10 @@ impl<E: Start> Thread<E> {
             pin(home)?;
         }
         let engine = E::start(&seed.setup)?;
-        let place = seed.settings.place.clone().zip(seed.shares);
-        let gauge = place.and_then(|(place, cpus)| {
-            let gauge = Gauge::new(place.clone(), cpus);
-            // Without /proc nobody knows better than all.
-            gauge.map_err(|_| place.spread.give_up()).ok()
-        });
+        let place = seed.settings.place.clone();
+        if let Some(Place { index, spread }) = &place {
+            spread.begin(*index);
+        }
         let mut worker = Worker::new(engine, seed.settings, seed.log.clone(), seed.connected);
         worker.engine().readable(Token::Command, &woken);
         if let Some(channel) = &seed.handoff {
@@ -77,7 +81,8 @@ impl<E: Start> Thread<E> {
             ended_count: 0,
             siblings,
             load_count: 0,
-            gauge,
+            place,
+            turns: 0,
             pace: Pace::new(seed.home),
             log: seed.log,
         })
@@ -102,7 +107,7 @@ impl<E: Start> Thread<E> {
             self.part();
             self.publish();
             self.pace.turned(self.worker.stats());
-            self.gauge.iter_mut().for_each(|gauge| gauge.turned(self.pace.is_bulk()));
+            self.tell_siblings();
         }
         Ok(())
     }
@@ -125,6 +130,10 @@ impl<E: Start> Thread<E> {
     }
 
     pub(super) fn ended(mut self, result: Result<()>) -> Ended {
+        self.siblings[self.index].give_up();
+        if let Some(Place { index, spread }) = &self.place {
+            spread.note_full(*index, true);
+        }
         // What is still to be closed is: the other workers may go on for long. So there is room for
         // those who were handed over and not taken, which are cut.
         let _ = self.worker.engine().wait(Sleep::No);
@@ -161,16 +170,28 @@ impl<E: Start> Thread<E> {
             }
         }
         for moved in self.siblings[self.index].take() {
+            // It was counted when it was given.
+            self.load_count += 1;
             self.worker.join(moved);
         }
         self.worker.engine().readable(Token::Command, &self.woken);
     }
 
+    /// Lets the siblings know, now and then, what they are to know of this worker.
+    fn tell_siblings(&mut self) {
+        let Some(Place { index, spread }) = &self.place else { return };
+        self.turns = self.turns.wrapping_add(1);
+        if self.turns.is_multiple_of(TURNS_TO_TELL) {
+            spread.note(*index, self.pace.is_bulk(), Instant::now());
+        }
+    }
+
     /// Gives connections to the siblings whose they are to be. What these do not take goes on here.
     fn part(&mut self) {
         while let Some((to, moved)) = self.worker.leaver() {
-            if let Some(moved) = self.siblings[to].put(moved) {
-                self.worker.keep(moved);
+            match self.siblings[to].put(moved) {
+                Some(moved) => self.worker.keep(moved),
+                None => self.worker.accept_next(),
             }
         }
     }
@@ -215,6 +236,9 @@ impl<E: Start> Thread<E> {
         if load != self.load_count {
             self.siblings[self.index].count(load.wrapping_sub(self.load_count));
             self.load_count = load;
+            if let Some(Place { index, spread }) = &self.place {
+                spread.note_full(*index, self.siblings[*index].is_half_full());
+            }
         }
         let stats = self.worker.stats();
         let count = stats.completed + stats.failed + stats.stopped;

@@ -257,7 +257,7 @@ impl Engine for Epoll {
         self.listening.take_if(|listening| *listening == fd);
     }
 
-    fn leave(&mut self, socket: &OwnedFd) {
+    fn let_go(&mut self, socket: &OwnedFd) {
         self.interest.forget(socket.as_raw_fd());
     }
 

@@ -213,7 +213,7 @@ pub trait Engine {
     fn close(&mut self, socket: Self::Socket);
     /// Knows nothing of a socket any more that has no request in flight: another engine is to have
     /// it.
-    fn leave(&mut self, socket: &Self::Socket);
+    fn let_go(&mut self, socket: &Self::Socket);
 
     /// A new socket for the target, ready to be connected.
     fn target_socket(&mut self) -> Result<Self::Socket, Errno>;

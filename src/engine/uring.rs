@@ -287,7 +287,7 @@ impl Engine for Uring {
         self.push(Token::Ignored, entry.flags(squeue::Flags::SKIP_SUCCESS));
     }
 
-    fn leave(&mut self, socket: &OwnedFd) {
+    fn let_go(&mut self, socket: &OwnedFd) {
         self.readiness.forget(socket);
     }
 

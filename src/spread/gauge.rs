@@ -1,141 +1,154 @@
 //! What the CPUs are used for, as `/proc` tells it.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, ErrorKind, Read};
+use std::mem::swap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeValLike;
+use nix::unistd::gettid;
 
-use super::{Place, Use};
-
-/// Between two looks. The kernel counts what is idle in ticks of 10 ms.
-const INTERVAL: Duration = Duration::from_millis(200);
-
-/// A look that comes so late says nothing: the worker slept for want of work.
-const INTERVAL_MAX: Duration = Duration::from_millis(600);
-
-/// Turns between two looks at the clock.
-const TURNS_TO_LOOK: u32 = 16;
+use super::{INTERVAL_MAX, Use};
 
 /// A tick of `/proc/stat`, in seconds.
 const TICK: f64 = 0.01;
 
-/// What has been used up to now, in seconds.
-#[derive(Clone, Copy, Debug)]
+/// What a thread has done, in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Times {
+    ran: f64,
+    waited: f64,
+}
+
+/// What has been done up to a moment.
+#[derive(Debug, Default)]
 struct Reading {
-    at: Instant,
-    demand: f64,
-    used: f64,
+    /// `None`: this is none.
+    at: Option<Instant>,
+    /// By worker.
+    times: Vec<Times>,
+    /// Seconds that the CPUs together were idle.
     idle: f64,
 }
 
-/// A worker's look at the CPUs, now and then.
-pub struct Gauge {
-    place: Place,
-    is_splicing: bool,
+/// What is read, and what was read last.
+pub(super) struct Gauge {
     cpus: Arc<[usize]>,
-    before: Option<Reading>,
-    turns: u32,
-    /// What a file held, to be read without new memory.
+    /// By worker: the file that tells of its thread; empty: it has none yet.
+    threads: Vec<String>,
+    last: Reading,
+    /// The one before it.
+    former: Reading,
+    /// What a file holds.
     text: Vec<u8>,
 }
 
 impl Gauge {
-    /// Of the calling thread, whose worker has `place`; all workers may have `cpus`.
+    pub(super) fn new(workers: usize, cpus: Arc<[usize]>) -> Self {
+        let (last, former, text) = Default::default();
+        Self { cpus, threads: vec![String::new(); workers], last, former, text }
+    }
+
+    /// The calling thread is the one of `worker`.
+    pub(super) fn begin(&mut self, worker: usize) {
+        self.threads[worker] = format!("/proc/self/task/{}/schedstat", gettid());
+    }
+
+    /// What was done since the last look; `None`: that was too long ago, or there was none.
     ///
     /// # Errors
-    /// There is no `/proc`, or it does not tell.
-    pub fn new(place: Place, cpus: Arc<[usize]>) -> io::Result<Self> {
-        let (is_splicing, before, turns, text) = Default::default();
-        let mut gauge = Self { place, is_splicing, cpus, before, turns, text };
-        gauge.read(Instant::now())?;
-        Ok(gauge)
+    /// [`ErrorKind::InvalidData`]: it is not told, and will not be. Others may pass.
+    pub(super) fn look(
+        &mut self,
+        now: Instant,
+        is_splicing: impl Fn(usize) -> bool,
+    ) -> io::Result<Option<Use>> {
+        self.read(now)?;
+        swap(&mut self.last, &mut self.former);
+        let Some(before) = self.former.at else { return Ok(None) };
+        let time = now.saturating_duration_since(before);
+        let seen = || self.last.since(&self.former, time.as_secs_f64(), is_splicing);
+        Ok((time < INTERVAL_MAX && !time.is_zero()).then(seen))
     }
 
-    /// A turn of the worker is over. `is_splicing`: most of them splice.
-    pub fn turned(&mut self, is_splicing: bool) {
-        if is_splicing != self.is_splicing {
-            self.is_splicing = is_splicing;
-            self.place.spread.note_splicing(self.place.index, is_splicing);
+    /// Takes the place of the former one.
+    fn read(&mut self, now: Instant) -> io::Result<()> {
+        let Self { cpus, threads, former: reading, text, .. } = self;
+        reading.times.clear();
+        for path in threads {
+            let times = match file(text, path) {
+                Ok(text) => times(text).ok_or(ErrorKind::InvalidData)?,
+                // Not there yet, or no more.
+                Err(error) if error.kind() == ErrorKind::NotFound => Times::default(),
+                Err(error) => return Err(error),
+            };
+            reading.times.push(times);
         }
-        self.turns = self.turns.wrapping_add(1);
-        if !self.turns.is_multiple_of(TURNS_TO_LOOK) {
-            return;
+        if reading.times.iter().all(|times| times.ran == 0.0) {
+            // A kernel that does not count it: somebody has run to get here.
+            return Err(ErrorKind::InvalidData.into());
         }
-        let now = Instant::now();
-        let age = self.before.map_or(INTERVAL_MAX, |before| now - before.at);
-        if age < INTERVAL {
-            return;
-        }
-        // Not read for want of a descriptor: another time.
-        let reading = self.read(now).ok();
-        let before = std::mem::replace(&mut self.before, reading);
-        let seen = reading.zip(before).map(|(reading, before)| reading.since(&before));
-        if let Some(seen) = seen.filter(|_| age < INTERVAL_MAX) {
-            self.place.spread.judge(seen, now);
-        }
-    }
-
-    fn read(&mut self, at: Instant) -> io::Result<Reading> {
-        let untold = || io::Error::from(io::ErrorKind::InvalidData);
-        let demand = demand(self.file("/proc/thread-self/schedstat")?).ok_or_else(untold)?;
-        let cpus = Arc::clone(&self.cpus);
-        let idle = idle(self.file("/proc/stat")?, &cpus).ok_or_else(untold)?;
-        let used = getrusage(UsageWho::RUSAGE_SELF)?;
-        let used = (used.user_time() + used.system_time()).num_microseconds() as f64 / 1e6;
-        Ok(Reading { at, demand, used, idle })
-    }
-
-    fn file(&mut self, path: &str) -> io::Result<&str> {
-        self.text.clear();
-        File::open(path)?.read_to_end(&mut self.text)?;
-        std::str::from_utf8(&self.text).map_err(io::Error::other)
+        reading.idle = idle(file(text, "/proc/stat")?, cpus).ok_or(ErrorKind::InvalidData)?;
+        reading.at = Some(now);
+        Ok(())
     }
 }
 
 impl Reading {
-    fn since(&self, before: &Reading) -> Use {
-        let seconds = (self.at - before.at).as_secs_f64();
-        Use {
-            demand: (self.demand - before.demand) / seconds,
-            used: (self.used - before.used) / seconds,
-            idle: (self.idle - before.idle) / seconds,
+    fn since(&self, before: &Reading, seconds: f64, is_splicing: impl Fn(usize) -> bool) -> Use {
+        let mut seen = Use { demand: 0.0, used: 0.0, idle: (self.idle - before.idle) / seconds };
+        let workers = self.times.iter().zip(&before.times).enumerate();
+        for (_, (now, before)) in workers.filter(|(worker, _)| !is_splicing(*worker)) {
+            let ran = (now.ran - before.ran).max(0.0) / seconds;
+            let waited = (now.waited - before.waited).max(0.0) / seconds;
+            seen.used += ran;
+            seen.demand = seen.demand.max(ran + waited);
         }
+        seen
     }
 }
 
-/// The seconds that a thread has run and waited to run, of its `schedstat`.
-fn demand(text: &str) -> Option<f64> {
-    let mut numbers = text.split_ascii_whitespace().map(str::parse::<u64>);
-    Some((numbers.next()?.ok()? + numbers.next()?.ok()?) as f64 / 1e9)
+fn file<'a>(text: &'a mut Vec<u8>, path: &str) -> io::Result<&'a str> {
+    text.clear();
+    File::open(path)?.read_to_end(text)?;
+    std::str::from_utf8(text).map_err(|_| ErrorKind::InvalidData.into())
 }
 
-/// The seconds that these CPUs were idle, of `/proc/stat`: the fourth and fifth number of each.
+/// What a thread's `schedstat` tells.
+fn times(text: &str) -> Option<Times> {
+    let mut numbers = text.split_ascii_whitespace().map(str::parse::<u64>);
+    let (ran, waited) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
+    Some(Times { ran: ran as f64 / 1e9, waited: waited as f64 / 1e9 })
+}
+
+/// The seconds that these CPUs were idle, of `/proc/stat`: the fourth and fifth number of each. It
+/// may tell of others only, in a container, or not of one that was taken away.
 fn idle(text: &str, cpus: &[usize]) -> Option<f64> {
-    let mut ticks = 0;
+    let (mut ticks, mut count) = (0.0, 0);
     // The first line is of all.
     for line in text.lines().skip(1).map_while(|line| line.strip_prefix("cpu")) {
         let mut numbers = line.split_ascii_whitespace().map(str::parse::<u64>);
         let cpu = numbers.next()?.ok()? as usize;
         if cpus.contains(&cpu) {
-            ticks += numbers.nth(3)?.ok()? + numbers.next()?.ok()?;
+            count += 1;
+            ticks += numbers.nth(3)?.ok()? as f64 + numbers.next()?.ok()? as f64;
         }
     }
-    Some(ticks as f64 * TICK)
+    (count == cpus.len()).then_some(ticks * TICK)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
-    use crate::spread::Spread;
 
     #[test]
     fn what_a_thread_demands_is_what_it_ran_and_waited_for() {
-        assert_eq!(demand("1500000000 500000000 77\n"), Some(2.0));
-        assert_eq!(demand(""), None);
-        assert_eq!(demand("1 -"), None);
+        let some = Times { ran: 1.5, waited: 0.5 };
+        assert_eq!(times("1500000000 500000000 77\n"), Some(some));
+        assert_eq!(times(""), None);
+        assert_eq!(times("1 -"), None);
     }
 
     #[test]
@@ -144,19 +157,35 @@ mod tests {
                     cpu3 1 2 3 100 0 0 0 0 0 0\nintr 5 6 7\ncpu4 is no line of a CPU's\n";
         assert_eq!(idle(stat, &[0]), Some(4.5));
         assert_eq!(idle(stat, &[3, 0]), Some(5.5));
-        assert_eq!(idle(stat, &[1]), Some(0.0));
+        assert_eq!(idle(stat, &[0, 1]), None, "it does not tell of all");
         assert_eq!(idle("cpu 1\ncpu0 1 2", &[0]), None);
     }
 
     #[test]
-    fn a_thread_that_runs_sees_that_it_does() {
-        let place = Place { index: 0, spread: Arc::new(Spread::new(2)) };
-        let mut gauge = Gauge::new(place, [0, 1].into()).expect("/proc tells");
-        let before = gauge.read(Instant::now()).expect("/proc tells");
-        while before.at.elapsed() < Duration::from_millis(50) {
+    fn the_busiest_of_those_that_do_not_splice_counts() {
+        let reading = |ran: [f64; 3], idle| {
+            let times = ran.map(|ran| Times { ran, waited: ran / 10.0 });
+            Reading { at: None, times: times.to_vec(), idle }
+        };
+        let (before, now) = (reading([5.0, 1.0, 2.0], 7.0), reading([9.0, 2.0, 4.0], 8.0));
+        let seen = now.since(&before, 4.0, |worker| worker == 0);
+        assert_eq!(seen, Use { demand: 0.55, used: 0.75, idle: 0.25 });
+    }
+
+    #[test]
+    fn a_thread_that_runs_is_seen_to() {
+        let mut gauge = Gauge::new(2, [].into());
+        gauge.begin(1);
+        // What it has run is counted when it sleeps.
+        std::thread::sleep(Duration::from_millis(1));
+        let started = Instant::now();
+        let mut look = |now| gauge.look(now, |_| false).expect("/proc tells");
+        assert_eq!(look(started), None, "there was no look before");
+        while started.elapsed() < Duration::from_millis(50) {
             std::hint::spin_loop();
         }
-        let seen = gauge.read(Instant::now()).expect("/proc tells").since(&before);
+        let seen = look(Instant::now()).expect("it was not long ago");
         assert!(seen.demand > 0.5 && seen.used > 0.0, "{seen:?}");
+        assert_eq!(look(started + INTERVAL_MAX * 2), None, "that was too long ago");
     }
 }

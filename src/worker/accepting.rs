@@ -43,7 +43,8 @@ impl<E: Engine> Worker<E> {
         self.accept_pause = Some(Instant::now() + ACCEPT_PAUSE);
     }
 
-    pub(super) fn accept_next(&mut self) {
+    /// Accepts a connection, if there is room for one and nothing else against it.
+    pub fn accept_next(&mut self) {
         let has_room = self.load() < self.settings.max_connections;
         if self.is_paused() || !has_room {
             return;

@@ -15,7 +15,14 @@ pub struct Moved<S> {
     flow: Flow,
     sockets: [S; 2],
     record: Option<Box<Record>>,
+    name: Name,
+}
+
+/// The worker that a connection came to, and as which of those.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Name {
     home: u16,
+    number: u16,
 }
 
 /// What the last reads of a connection were: so many copied; less than zero: spliced.
@@ -37,18 +44,26 @@ impl Reads {
     }
 }
 
+impl Name {
+    fn worker(self, place: &Place, is_copied: bool) -> usize {
+        let Name { home, number } = self;
+        place.spread.worker_for(home.into(), number.into(), place.index, is_copied)
+    }
+}
+
 impl<E: Engine> Worker<E> {
-    /// The name of this worker as the one that a connection came to.
-    pub(super) fn home(&self) -> u16 {
-        self.settings.place.as_ref().map_or(0, |place| place.index as u16)
+    /// The name of the next connection that comes to this worker.
+    pub(super) fn next_name(&self) -> Name {
+        let home = self.settings.place.as_ref().map_or(0, |place| place.index as u16);
+        Name { home, number: self.stats.connections as u16 }
     }
 
     /// Has the connection leave if it is to be elsewhere.
-    pub(super) fn place(&mut self, index: u32) {
-        let Some(Place { index: here, spread }) = &self.settings.place else { return };
+    pub(super) fn consider(&mut self, index: u32) {
+        let Some(place) = &self.settings.place else { return };
         let Some(tenant) = &mut self.slots[index as usize].tenant else { return };
         let Some(are_copied) = tenant.reads.are_copied() else { return };
-        if spread.place(tenant.home.into(), are_copied) == *here {
+        if tenant.name.worker(place, are_copied) == place.index {
             // To be looked at again after so many more.
             tenant.reads = Reads::default();
         } else {
@@ -78,20 +93,24 @@ impl<E: Engine> Worker<E> {
 
     /// The connection is ready to go.
     pub(super) fn part_with(&mut self, index: u32) {
-        let Some(tenant) = self.vacate(index) else { return };
-        let Tenant { flow, sockets, record, home, reads, .. } = tenant;
-        let Some(Place { spread, .. }) = &self.settings.place else { return };
+        let Some(place) = &self.settings.place else { return };
+        let Some(tenant) = &self.slots[index as usize].tenant else { return };
         // By what it did until now, and what the others do now.
-        let to = spread.place(home.into(), reads.are_copied() == Some(true));
-        for socket in &sockets {
-            self.engine.leave(socket);
+        let to = tenant.name.worker(place, tenant.reads.are_copied() == Some(true));
+        if to == place.index {
+            return;
         }
-        self.leavers.push_back((to, Moved { flow, sockets, record, home }));
-        self.accept_next();
+        let Some(tenant) = self.vacate(index) else { return };
+        let Tenant { flow, sockets, record, name, .. } = tenant;
+        for socket in &sockets {
+            self.engine.let_go(socket);
+        }
+        self.leavers.push_back((to, Moved { flow, sockets, record, name }));
     }
 
     /// A connection that is to go on with another worker, and with which. It must be given to that
-    /// one, or be [kept](Self::keep).
+    /// one, and there [is room](Self::accept_next) for another one here then, or be
+    /// [kept](Self::keep).
     pub fn leaver(&mut self) -> Option<(usize, Moved<E::Socket>)> {
         self.leavers.pop_front()
     }
@@ -104,10 +123,10 @@ impl<E: Engine> Worker<E> {
 
     /// Goes on with a connection that nobody else took.
     pub fn keep(&mut self, moved: Moved<E::Socket>) {
-        let Moved { mut flow, sockets, record, home } = moved;
+        let Moved { mut flow, sockets, record, name } = moved;
         if self.stopping {
             flow.on(Event::Stop);
         }
-        self.seat(Tenant::new(flow, sockets, record, home));
+        self.seat(Tenant::new(flow, sockets, record, name));
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::sys::socket::SockaddrStorage;
 
-use super::moving::Reads;
+use super::moving::{Name, Reads};
 use crate::engine::{Buffer, Engine, Outcome, Token};
 use crate::flow::{End, Event, Flow, Limit, Op, Question, Side};
 use crate::stats::Stats;
@@ -24,8 +24,7 @@ pub(super) struct Tenant<E: Engine> {
     pub(super) buffers: [Option<Buffer>; 2],
     pub(super) pipes: [Option<E::Pipe>; 2],
     pub(super) record: Option<Box<Record>>,
-    /// The worker that the connection came to.
-    pub(super) home: u16,
+    pub(super) name: Name,
     pub(super) reads: Reads,
 }
 
@@ -40,10 +39,10 @@ impl<E: Engine> Tenant<E> {
         flow: Flow,
         sockets: [E::Socket; 2],
         record: Option<Box<Record>>,
-        home: u16,
+        name: Name,
     ) -> Self {
         let (buffers, pipes) = Default::default();
-        Self { flow, sockets, buffers, pipes, record, home, reads: Reads::default() }
+        Self { flow, sockets, buffers, pipes, record, name, reads: Reads::default() }
     }
 
     /// Begins a request of the flow. `promises`: sockets may be told that more is to come.
@@ -84,7 +83,9 @@ impl<E: Engine> Tenant<E> {
                     len
                 });
                 stats.copy_operations += u64::from(result.is_ok_and(|len| len > 0));
-                self.reads.copied();
+                if result.is_ok_and(|len| len > 0) {
+                    self.reads.copied();
+                }
                 stats.no_buffer += u64::from(result == Err(Errno::ENOBUFS));
                 if result == Err(Errno::EAGAIN) {
                     // It was readable: it must not seem so for ever.

@@ -158,7 +158,7 @@ impl Engine for FakeEngine {
         world.entered.push(Entered::Close(socket.id));
     }
 
-    fn leave(&mut self, socket: &FakeSocket) {
+    fn let_go(&mut self, socket: &FakeSocket) {
         let mut world = self.world();
         trace!(world, "socket {} leaves", socket.id);
         world.check_leave(socket.id);

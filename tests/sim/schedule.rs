@@ -87,7 +87,9 @@ impl Schedule {
             pipe_size_bytes: 0,
             max_connections: plan.max_connections,
             // The second of two: those that copy are to be with the first.
-            place: plan.moves.then(|| Place { index: 1, spread: Arc::new(Spread::new(2)) }),
+            place: plan
+                .moves
+                .then(|| Place { index: 1, spread: Arc::new(Spread::new(2, [0, 1].into())) }),
         };
         let target = plan.target_given.then(|| {
             world.borrow_mut().connect(0);
@@ -151,12 +153,17 @@ impl Schedule {
         self.stop();
     }
 
-    /// Takes the connections that leave. They come back, sooner or later, to a worker that is like
-    /// another.
+    /// Takes most of the connections that leave. They come back, sooner or later, to a worker that is
+    /// like another.
     fn part(&mut self) {
         while let Some((to, moved)) = self.worker.leaver() {
-            assert!(to < 2, "a connection goes to worker {to}");
-            self.moved.push(moved);
+            assert!(to == 0, "a connection goes to worker {to}");
+            if self.world.borrow_mut().rng.percent(30) {
+                self.worker.keep(moved);
+            } else {
+                self.moved.push(moved);
+                self.worker.accept_next();
+            }
         }
     }
 
@@ -171,18 +178,8 @@ impl Schedule {
         if self.moved.is_empty() {
             return false;
         }
-        let is_refused = {
-            let rng = &mut self.world.borrow_mut().rng;
-            let which = rng.index(self.moved.len());
-            self.moved.swap(0, which);
-            rng.percent(30)
-        };
-        let moved = self.moved.swap_remove(0);
-        if is_refused {
-            self.worker.keep(moved)
-        } else {
-            self.worker.join(moved)
-        }
+        let which = self.world.borrow_mut().rng.index(self.moved.len());
+        self.worker.join(self.moved.swap_remove(which));
         true
     }
 
