@@ -3,8 +3,9 @@
 //! Short messages that come together cost a worker less than as many that come one by one; and
 //! where CPUs are short, a second worker takes one from the clients and servers that it forwards
 //! for. So connections that copy are brought together: with as few workers as can carry them, as
-//! long as there is no CPU idle for more. Those that splice stay with the worker they came to, and
-//! those that copy keep away from them. docs/performance.md has the figures.
+//! long as there is no CPU idle for more. Those that splice are shared evenly by all. A message
+//! behind bulk waits for it: so while CPUs are short, and bulk would gain nothing by one more,
+//! workers have either. docs/performance.md has the figures.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
@@ -27,8 +28,8 @@ const IDLE_TO_SHRINK: f64 = 0.3;
 /// How long there are not fewer workers after there had to be more.
 const HOLD: Duration = Duration::from_secs(10);
 
-/// How long a worker that was seen to splice is taken to do so.
-const SPLICING: Duration = Duration::from_millis(500);
+/// How long a worker that was seen to splice or to copy is taken to do so.
+const RECENT: Duration = Duration::from_millis(500);
 
 /// Between two looks at the CPUs. The kernel counts what is idle in ticks of 10 ms.
 const INTERVAL: Duration = Duration::from_millis(200);
@@ -61,6 +62,8 @@ pub struct Place {
 struct Known {
     /// When it was last seen to splice mostly, in milliseconds from the start.
     splicing_ms: AtomicU64,
+    /// When a connection that copies was last here, or to go here, in the same way.
+    copying_ms: AtomicU64,
     /// It takes no connections of others.
     is_full: AtomicBool,
 }
@@ -71,6 +74,8 @@ pub struct Spread {
     workers: Box<[Known]>,
     /// How many have the connections that copy.
     active: AtomicUsize,
+    /// There is no CPU idle.
+    is_short: AtomicBool,
     /// Nobody knows what the CPUs are used for.
     is_blind: AtomicBool,
     /// When somebody looked last, in milliseconds from the start.
@@ -98,6 +103,7 @@ impl Spread {
             started: Instant::now(),
             workers: (0..workers).map(|_| Known::default()).collect(),
             active: AtomicUsize::new(1),
+            is_short: AtomicBool::new(false),
             is_blind: AtomicBool::new(false),
             looked_ms: AtomicU64::new(0),
             looks: Mutex::new(Looks { gauge: Gauge::new(workers, cpus), grown: None }),
@@ -114,15 +120,42 @@ impl Spread {
     pub fn worker_for(&self, home: usize, number: usize, here: usize, is_copied: bool) -> usize {
         let takes =
             |worker: usize| worker == here || !self.workers[worker].is_full.load(Ordering::Relaxed);
-        if !is_copied || self.is_blind.load(Ordering::Relaxed) {
-            return if takes(home) { home } else { here };
-        }
+        let wanted = if self.is_blind.load(Ordering::Relaxed) {
+            home
+        } else if is_copied {
+            self.worker_to_copy(number, here, takes)
+        } else {
+            self.worker_to_splice(home + number, here)
+        };
+        if takes(wanted) { wanted } else { here }
+    }
+
+    fn worker_to_copy(&self, number: usize, here: usize, takes: impl Fn(usize) -> bool) -> usize {
         let now = self.ms(Instant::now());
         let active = self.active.load(Ordering::Relaxed);
-        let quiet = (0..self.workers.len()).filter(|&worker| !self.is_splicing(worker, now));
-        let mut quiet = quiet.filter(|&worker| takes(worker)).take(active);
-        let count = quiet.clone().count();
-        quiet.nth(number % count.max(1)).unwrap_or(here)
+        let is_splicing = |worker: usize| is_recent(&self.workers[worker].splicing_ms, now);
+        let all = || (0..self.workers.len()).filter(|&worker| takes(worker));
+        let quiet = || all().filter(|&worker| !is_splicing(worker)).take(active);
+        let (quiet_count, count) = (quiet().count(), all().take(active).count());
+        let worker = if quiet_count > 0 {
+            quiet().nth(number % quiet_count)
+        } else if count > 0 && self.is_short.load(Ordering::Relaxed) {
+            // Those that splice there leave.
+            all().nth(number % count)
+        } else {
+            None
+        };
+        let worker = worker.unwrap_or(here);
+        self.workers[worker].copying_ms.store(now, Ordering::Relaxed);
+        worker
+    }
+
+    fn worker_to_splice(&self, number: usize, here: usize) -> usize {
+        let now = self.ms(Instant::now());
+        let is_short = self.is_short.load(Ordering::Relaxed);
+        let is_kept = |worker: usize| is_short && is_recent(&self.workers[worker].copying_ms, now);
+        let free = || (0..self.workers.len()).filter(|&worker| !is_kept(worker));
+        free().nth(number % free().count().max(1)).unwrap_or(here)
     }
 
     /// Takes note of a worker: `is_splicing`, most of its turns do, until `now`.
@@ -150,7 +183,7 @@ impl Spread {
         };
         self.looked_ms.store(self.ms(now), Ordering::Relaxed);
         let ms = self.ms(now);
-        match looks.gauge.look(now, |worker| self.is_splicing(worker, ms)) {
+        match looks.gauge.look(now, |worker| is_recent(&self.workers[worker].splicing_ms, ms)) {
             Ok(Some(seen)) => self.judge(seen, now, &mut looks.grown),
             Ok(None) => {}
             Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
@@ -169,17 +202,21 @@ impl Spread {
             *grown = Some(now);
         }
         self.active.store(next, Ordering::Relaxed);
-    }
-
-    fn is_splicing(&self, worker: usize, now_ms: u64) -> bool {
-        let seen = self.workers[worker].splicing_ms.load(Ordering::Relaxed);
-        seen > 0 && now_ms - seen.min(now_ms) < SPLICING.as_millis() as u64
+        if !(IDLE_TO_SHRINK..IDLE_TO_GROW).contains(&seen.idle) {
+            self.is_short.store(seen.idle < IDLE_TO_SHRINK, Ordering::Relaxed);
+        }
     }
 
     /// Never 0, which is before all.
     fn ms(&self, now: Instant) -> u64 {
         1 + now.saturating_duration_since(self.started).as_millis() as u64
     }
+}
+
+/// Whether it was lately, in milliseconds from the start; 0: never.
+fn is_recent(at: &AtomicU64, now: u64) -> bool {
+    let at = at.load(Ordering::Relaxed);
+    at > 0 && now.saturating_sub(at) < RECENT.as_millis() as u64
 }
 
 /// How many workers are to have the connections that copy, when `active` of `workers` have them.
@@ -214,10 +251,10 @@ mod tests {
     }
 
     #[test]
-    fn those_that_copy_are_with_the_first_and_those_that_splice_where_they_came_to() {
+    fn those_that_copy_are_with_the_first_and_those_that_splice_with_all() {
         let (spread, grown, now) = (spread(4), &mut None, Instant::now());
         assert_eq!(places(&spread, true), [0, 0, 0, 0]);
-        assert_eq!(places(&spread, false), [1, 1, 1, 1]);
+        assert_eq!(places(&spread, false), [1, 2, 3, 0]);
         spread.judge(seen(1.0, 1.0, 2.0), now, grown);
         assert_eq!(places(&spread, true), [0, 1, 0, 1]);
         spread.judge(seen(0.5, 0.9, 0.0), now + HOLD, grown);
@@ -226,6 +263,29 @@ mod tests {
         assert_eq!(places(&spread, true), [0, 0, 0, 0]);
         spread.is_blind.store(true, Ordering::Relaxed);
         assert_eq!(places(&spread, true), [1, 1, 1, 1], "where they came to");
+        assert_eq!(places(&spread, false), [1, 1, 1, 1]);
+    }
+
+    #[test]
+    fn while_cpus_are_short_workers_have_either() {
+        let now = Instant::now();
+        let busy = |idle| {
+            let spread = spread(3);
+            (0..3).for_each(|worker| spread.note(worker, true, now));
+            spread.judge(seen(0.5, 0.5, idle), now, &mut None);
+            spread
+        };
+        let idle = busy(0.5);
+        assert_eq!(places(&idle, true), [1, 1, 1, 1], "there is a CPU: they stay");
+        assert_eq!(places(&idle, false), [1, 2, 0, 1]);
+        let short = busy(0.2);
+        assert_eq!(places(&short, false), [1, 2, 0, 1], "there are none that copy");
+        assert_eq!(places(&short, true), [0, 0, 0, 0]);
+        assert_eq!(places(&short, false), [2, 1, 2, 1], "they make room");
+        short.judge(seen(0.5, 0.5, 0.4), now, &mut None);
+        assert_eq!(places(&short, false), [2, 1, 2, 1], "neither short nor idle: as before");
+        short.judge(seen(0.5, 0.5, 0.5), now, &mut None);
+        assert_eq!(places(&short, false), [1, 2, 0, 1]);
     }
 
     #[test]
@@ -237,8 +297,8 @@ mod tests {
         assert_eq!(places(&spread, true), [2, 2, 2, 2]);
         spread.note(2, true, Instant::now());
         assert_eq!(places(&spread, true), [1, 1, 1, 1], "all splice: they stay");
-        let later = spread.ms(Instant::now() + SPLICING);
-        assert!(!spread.is_splicing(0, later), "it has nothing to do any more");
+        let later = spread.ms(Instant::now() + RECENT);
+        assert!(!is_recent(&spread.workers[0].splicing_ms, later), "it has nothing to do any more");
     }
 
     #[test]
@@ -247,7 +307,7 @@ mod tests {
         spread.note_full(0, true);
         assert_eq!(places(&spread, true), [1, 1, 1, 1]);
         assert_eq!(spread.worker_for(0, 0, 0, true), 0, "but who is there stays");
-        assert_eq!(spread.worker_for(0, 0, 2, false), 2, "also who splices and came to it");
+        assert_eq!(spread.worker_for(0, 0, 2, false), 2, "also who splices");
         spread.note_full(1, true);
         assert_eq!(places(&spread, true), [1, 1, 1, 1]);
         spread.note_full(0, false);
