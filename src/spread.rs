@@ -12,6 +12,9 @@ use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use gauge::Gauge;
+use nix::errno::Errno;
+
+use crate::sys::is_shortage;
 
 mod gauge;
 
@@ -25,11 +28,16 @@ const IDLE_TO_GROW: f64 = 0.5;
 /// Idle CPUs so few that a worker less gives its CPU to others.
 const IDLE_TO_SHRINK: f64 = 0.3;
 
-/// How long there are not fewer workers after there had to be more.
+/// How long there are not fewer workers after there were more or less of them, and how long CPUs are
+/// not taken to be short after they no longer were.
 const HOLD: Duration = Duration::from_secs(10);
 
-/// How long a worker that was seen to splice or to copy is taken to do so.
-const RECENT: Duration = Duration::from_millis(500);
+/// How long a worker that was seen to splice is taken to do so.
+const SPLICING: Duration = Duration::from_millis(500);
+
+/// How long one is kept for those that copy. They are looked at after so many reads, which may take
+/// them long.
+const COPYING: Duration = Duration::from_secs(5);
 
 /// Between two looks at the CPUs. The kernel counts what is idle in ticks of 10 ms.
 const INTERVAL: Duration = Duration::from_millis(200);
@@ -62,7 +70,7 @@ pub struct Place {
 struct Known {
     /// When it was last seen to splice mostly, in milliseconds from the start.
     splicing_ms: AtomicU64,
-    /// When a connection that copies was last here, or to go here, in the same way.
+    /// When one that copies was last found to be here, or to go here, in the same way.
     copying_ms: AtomicU64,
     /// It takes no connections of others.
     is_full: AtomicBool,
@@ -86,8 +94,16 @@ pub struct Spread {
 /// What there is to see for the one who looks.
 struct Looks {
     gauge: Gauge,
-    /// When there had to be more workers.
-    grown: Option<Instant>,
+    times: Times,
+}
+
+/// When something changed.
+#[derive(Default)]
+struct Times {
+    /// How many have those that copy.
+    active: Option<Instant>,
+    /// CPUs are no longer short.
+    eased: Option<Instant>,
 }
 
 impl std::fmt::Debug for Spread {
@@ -106,7 +122,7 @@ impl Spread {
             is_short: AtomicBool::new(false),
             is_blind: AtomicBool::new(false),
             looked_ms: AtomicU64::new(0),
-            looks: Mutex::new(Looks { gauge: Gauge::new(workers, cpus), grown: None }),
+            looks: Mutex::new(Looks { gauge: Gauge::new(workers, cpus), times: Times::default() }),
         }
     }
 
@@ -123,7 +139,7 @@ impl Spread {
         let wanted = if self.is_blind.load(Ordering::Relaxed) {
             home
         } else if is_copied {
-            self.worker_to_copy(number, here, takes)
+            self.worker_to_copy(home + number, here, takes)
         } else {
             self.worker_to_splice(home + number, here)
         };
@@ -133,11 +149,16 @@ impl Spread {
     fn worker_to_copy(&self, number: usize, here: usize, takes: impl Fn(usize) -> bool) -> usize {
         let now = self.ms(Instant::now());
         let active = self.active.load(Ordering::Relaxed);
-        let is_splicing = |worker: usize| is_recent(&self.workers[worker].splicing_ms, now);
+        let is_splicing =
+            |worker: usize| is_recent(&self.workers[worker].splicing_ms, now, SPLICING);
         let all = || (0..self.workers.len()).filter(|&worker| takes(worker));
         let quiet = || all().filter(|&worker| !is_splicing(worker)).take(active);
         let (quiet_count, count) = (quiet().count(), all().take(active).count());
-        let worker = if quiet_count > 0 {
+        let own = number % active;
+        let worker = if takes(own) && !is_splicing(own) {
+            // So one that others are not to be at moves none but these.
+            Some(own)
+        } else if quiet_count > 0 {
             quiet().nth(number % quiet_count)
         } else if count > 0 && self.is_short.load(Ordering::Relaxed) {
             // Those that splice there leave.
@@ -153,9 +174,12 @@ impl Spread {
     fn worker_to_splice(&self, number: usize, here: usize) -> usize {
         let now = self.ms(Instant::now());
         let is_short = self.is_short.load(Ordering::Relaxed);
-        let is_kept = |worker: usize| is_short && is_recent(&self.workers[worker].copying_ms, now);
+        let is_kept =
+            |worker: usize| is_short && is_recent(&self.workers[worker].copying_ms, now, COPYING);
+        let own = number % self.workers.len();
         let free = || (0..self.workers.len()).filter(|&worker| !is_kept(worker));
-        free().nth(number % free().count().max(1)).unwrap_or(here)
+        let other = || free().nth(number % free().count().max(1)).unwrap_or(here);
+        if is_kept(own) { other() } else { own }
     }
 
     /// Takes note of a worker: `is_splicing`, most of its turns do, until `now`.
@@ -183,27 +207,32 @@ impl Spread {
         };
         self.looked_ms.store(self.ms(now), Ordering::Relaxed);
         let ms = self.ms(now);
-        match looks.gauge.look(now, |worker| is_recent(&self.workers[worker].splicing_ms, ms)) {
-            Ok(Some(seen)) => self.judge(seen, now, &mut looks.grown),
+        let is_splicing =
+            |worker: usize| is_recent(&self.workers[worker].splicing_ms, ms, SPLICING);
+        match looks.gauge.look(now, is_splicing) {
+            Ok(Some(seen)) => self.judge(seen, now, &mut looks.times),
             Ok(None) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                self.is_blind.store(true, Ordering::Relaxed);
-            }
-            // For want of a descriptor, say: another time.
-            Err(_) => {}
+            // Another time.
+            Err(error) if error.raw_os_error().map(Errno::from_raw).is_some_and(is_shortage) => {}
+            Err(_) => self.is_blind.store(true, Ordering::Relaxed),
         }
     }
 
-    fn judge(&self, seen: Use, now: Instant, grown: &mut Option<Instant>) {
+    fn judge(&self, seen: Use, now: Instant, times: &mut Times) {
+        let is_over =
+            |at: Option<Instant>| at.is_none_or(|at| now.saturating_duration_since(at) > HOLD);
         let active = self.active.load(Ordering::Relaxed);
-        let may_shrink = grown.is_none_or(|at| now.saturating_duration_since(at) > HOLD);
-        let next = wanted(active, self.workers.len(), seen, may_shrink);
-        if next > active {
-            *grown = Some(now);
+        let next = wanted(active, self.workers.len(), seen, is_over(times.active));
+        if next != active {
+            times.active = Some(now);
+            self.active.store(next, Ordering::Relaxed);
         }
-        self.active.store(next, Ordering::Relaxed);
-        if !(IDLE_TO_SHRINK..IDLE_TO_GROW).contains(&seen.idle) {
-            self.is_short.store(seen.idle < IDLE_TO_SHRINK, Ordering::Relaxed);
+        let was_short = self.is_short.load(Ordering::Relaxed);
+        if was_short && seen.idle >= IDLE_TO_GROW {
+            times.eased = Some(now);
+            self.is_short.store(false, Ordering::Relaxed);
+        } else if seen.idle < IDLE_TO_SHRINK && is_over(times.eased) {
+            self.is_short.store(true, Ordering::Relaxed);
         }
     }
 
@@ -213,10 +242,10 @@ impl Spread {
     }
 }
 
-/// Whether it was lately, in milliseconds from the start; 0: never.
-fn is_recent(at: &AtomicU64, now: u64) -> bool {
+/// Whether it was not longer ago, in milliseconds from the start; 0: never.
+fn is_recent(at: &AtomicU64, now: u64, time: Duration) -> bool {
     let at = at.load(Ordering::Relaxed);
-    at > 0 && now.saturating_sub(at) < RECENT.as_millis() as u64
+    at > 0 && now.saturating_sub(at) < time.as_millis() as u64
 }
 
 /// How many workers are to have the connections that copy, when `active` of `workers` have them.
@@ -252,13 +281,13 @@ mod tests {
 
     #[test]
     fn those_that_copy_are_with_the_first_and_those_that_splice_with_all() {
-        let (spread, grown, now) = (spread(4), &mut None, Instant::now());
+        let (spread, grown, now) = (spread(4), &mut Times::default(), Instant::now());
         assert_eq!(places(&spread, true), [0, 0, 0, 0]);
         assert_eq!(places(&spread, false), [1, 2, 3, 0]);
         spread.judge(seen(1.0, 1.0, 2.0), now, grown);
-        assert_eq!(places(&spread, true), [0, 1, 0, 1]);
+        assert_eq!(places(&spread, true), [1, 0, 1, 0]);
         spread.judge(seen(0.5, 0.9, 0.0), now + HOLD, grown);
-        assert_eq!(places(&spread, true), [0, 1, 0, 1], "one was too few not long ago");
+        assert_eq!(places(&spread, true), [1, 0, 1, 0], "one was too few not long ago");
         spread.judge(seen(0.5, 0.9, 0.0), now + HOLD * 2, grown);
         assert_eq!(places(&spread, true), [0, 0, 0, 0]);
         spread.is_blind.store(true, Ordering::Relaxed);
@@ -272,7 +301,7 @@ mod tests {
         let busy = |idle| {
             let spread = spread(3);
             (0..3).for_each(|worker| spread.note(worker, true, now));
-            spread.judge(seen(0.5, 0.5, idle), now, &mut None);
+            spread.judge(seen(0.5, 0.5, idle), now, &mut Times::default());
             spread
         };
         let idle = busy(0.5);
@@ -281,11 +310,37 @@ mod tests {
         let short = busy(0.2);
         assert_eq!(places(&short, false), [1, 2, 0, 1], "there are none that copy");
         assert_eq!(places(&short, true), [0, 0, 0, 0]);
-        assert_eq!(places(&short, false), [2, 1, 2, 1], "they make room");
-        short.judge(seen(0.5, 0.5, 0.4), now, &mut None);
-        assert_eq!(places(&short, false), [2, 1, 2, 1], "neither short nor idle: as before");
-        short.judge(seen(0.5, 0.5, 0.5), now, &mut None);
+        let times = &mut Times::default();
+        assert_eq!(places(&short, false), [1, 2, 2, 1], "they make room");
+        short.judge(seen(0.5, 0.5, 0.4), now, times);
+        assert_eq!(places(&short, false), [1, 2, 2, 1], "neither short nor idle: as before");
+        short.judge(seen(0.5, 0.5, 0.5), now, times);
         assert_eq!(places(&short, false), [1, 2, 0, 1]);
+        short.judge(seen(0.5, 0.5, 0.2), now + HOLD, times);
+        assert_eq!(places(&short, false), [1, 2, 0, 1], "it left a CPU idle not long ago");
+        short.judge(seen(0.5, 0.5, 0.2), now + HOLD * 2, times);
+        assert_eq!(places(&short, false), [1, 2, 2, 1]);
+    }
+
+    #[test]
+    fn few_connections_of_many_workers_are_shared_evenly_too() {
+        let spread = spread(4);
+        spread.active.store(4, Ordering::Relaxed);
+        for is_copied in [true, false] {
+            let mut firsts = [0, 1, 2, 3].map(|home| spread.worker_for(home, 1, home, is_copied));
+            firsts.sort_unstable();
+            assert_eq!(firsts, [0, 1, 2, 3]);
+        }
+    }
+
+    #[test]
+    fn who_cannot_look_for_ever_has_all_where_they_came_to() {
+        // No such CPU.
+        let spread = Spread::new(2, [usize::MAX].into());
+        spread.begin(0);
+        std::thread::sleep(Duration::from_millis(1));
+        spread.look(Instant::now());
+        assert_eq!(places(&spread, true), [1, 1, 1, 1]);
     }
 
     #[test]
@@ -297,8 +352,9 @@ mod tests {
         assert_eq!(places(&spread, true), [2, 2, 2, 2]);
         spread.note(2, true, Instant::now());
         assert_eq!(places(&spread, true), [1, 1, 1, 1], "all splice: they stay");
-        let later = spread.ms(Instant::now() + RECENT);
-        assert!(!is_recent(&spread.workers[0].splicing_ms, later), "it has nothing to do any more");
+        let later = spread.ms(Instant::now() + SPLICING);
+        let is_splicing = is_recent(&spread.workers[0].splicing_ms, later, SPLICING);
+        assert!(!is_splicing, "it has nothing to do any more");
     }
 
     #[test]

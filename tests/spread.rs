@@ -254,7 +254,7 @@ fn a_program_that_drains_goes_on_until_the_last_of_those_that_were_moved() {
 #[test]
 fn there_are_never_more_connections_than_there_may_be() {
     namespaces!(clients, targets);
-    for most in [2, 4, 16] {
+    for most in [2, 4, 6, 16] {
         let (forwarder, server) =
             start(&clients, &targets, &["--max-connections", &most.to_string()]);
         // Each says who it is; most of them wait.
@@ -287,15 +287,15 @@ fn there_are_never_more_connections_than_there_may_be() {
 #[test]
 fn a_worker_that_gave_a_connection_away_has_room_for_another() {
     namespaces!(clients, targets);
-    // Two for each of two workers: in every sixth round the two that stay are of the second one.
-    let (forwarder, server) = start(&clients, &targets, &["--max-connections", "4"]);
+    // Three for each of two workers: in every twentieth round all that stay are of the second one.
+    let (forwarder, server) = start(&clients, &targets, &["--max-connections", "6"]);
     let open = || Pair::open(&clients, &forwarder, &server);
-    for _ in 0..40 {
-        let [first, second, _, _] = [open(), open(), open(), open()];
-        let mut pairs = vec![first, second];
+    for _ in 0..100 {
+        let [first, second, third, ..] = [open(), open(), open(), open(), open(), open()];
+        let mut pairs = vec![first, second, third];
         exchange_all(&mut pairs);
-        pairs.extend([open(), open()]);
-        exchange_all(&mut pairs);
+        pairs.extend([open(), open(), open()]);
+        pairs.iter_mut().for_each(|pair| pair.exchange(1));
     }
     let exit = forwarder.stop();
     exit.assert_clean();

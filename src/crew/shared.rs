@@ -45,7 +45,8 @@ impl Shared {
     }
 
     /// Gives the worker a sibling's connection; returns it if the worker has ended, or has half of
-    /// those it may have: so it also has room for one that it accepts meanwhile.
+    /// those it may have: so it also has room for one that it has accepted and not yet counted, and
+    /// for the one that it accepts.
     #[must_use]
     pub(super) fn put(&self, moved: Moved<OwnedFd>) -> Option<Moved<OwnedFd>> {
         let refused = self.inbox.put(moved, || {
@@ -61,7 +62,7 @@ impl Shared {
 
     /// Whether it takes no connections of siblings.
     pub(super) fn is_half_full(&self) -> bool {
-        self.load() >= self.limit / 2
+        self.limit < 3 || self.load() >= self.limit / 2
     }
 
     /// What siblings have given.

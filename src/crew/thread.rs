@@ -42,6 +42,8 @@ pub(super) struct Thread<E: Start> {
     /// What is counted there of the connections it has.
     load_count: u32,
     place: Option<Place>,
+    /// It has no room for connections of siblings, as far as they know.
+    is_full: bool,
     /// Turns so far, as far as they can be told apart.
     turns: u32,
     pace: Pace,
@@ -69,7 +71,7 @@ impl<E: Start> Thread<E> {
         if let Some(channel) = &seed.handoff {
             worker.engine().readable(Token::Handoff, channel.as_ref());
         }
-        Ok(Self {
+        let mut thread = Self {
             index,
             worker,
             orders,
@@ -82,10 +84,13 @@ impl<E: Start> Thread<E> {
             siblings,
             load_count: 0,
             place,
+            is_full: false,
             turns: 0,
             pace: Pace::new(seed.home),
             log: seed.log,
-        })
+        };
+        thread.tell_room();
+        Ok(thread)
     }
 
     pub(super) fn serve(&mut self, reporter: &Reporter) -> Result<()> {
@@ -177,6 +182,16 @@ impl<E: Start> Thread<E> {
         self.worker.engine().readable(Token::Command, &self.woken);
     }
 
+    /// Lets the siblings know whether there is room for connections of theirs.
+    fn tell_room(&mut self) {
+        let is_full = self.siblings[self.index].is_half_full();
+        if let Some(Place { index, spread }) = &self.place
+            && std::mem::replace(&mut self.is_full, is_full) != is_full
+        {
+            spread.note_full(*index, is_full);
+        }
+    }
+
     /// Lets the siblings know, now and then, what they are to know of this worker.
     fn tell_siblings(&mut self) {
         let Some(Place { index, spread }) = &self.place else { return };
@@ -236,10 +251,8 @@ impl<E: Start> Thread<E> {
         if load != self.load_count {
             self.siblings[self.index].count(load.wrapping_sub(self.load_count));
             self.load_count = load;
-            if let Some(Place { index, spread }) = &self.place {
-                spread.note_full(*index, self.siblings[*index].is_half_full());
-            }
         }
+        self.tell_room();
         let stats = self.worker.stats();
         let count = stats.completed + stats.failed + stats.stopped;
         if count > self.ended_count {

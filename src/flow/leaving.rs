@@ -24,7 +24,8 @@ impl Flow {
             return None;
         }
         self.leaving = false;
-        // The clock there ticks at other times.
+        // There its turn is another, and the clock ticks at other times.
+        self.turn_left = 0;
         self.bytes_at_tick = None;
         Some(Action::Leave)
     }

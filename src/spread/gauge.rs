@@ -57,7 +57,7 @@ impl Gauge {
     /// What was done since the last look; `None`: that was too long ago, or there was none.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidData`]: it is not told, and will not be. Others may pass.
+    /// It is not told: [`ErrorKind::InvalidData`], or as open(2) and read(2).
     pub(super) fn look(
         &mut self,
         now: Instant,

@@ -45,7 +45,9 @@ impl<E: Engine> Worker<E> {
 
     /// Accepts a connection, if there is room for one and nothing else against it.
     pub fn accept_next(&mut self) {
-        let has_room = self.load() < self.settings.max_connections;
+        // Those that leave may be kept.
+        let load = self.load() + self.leavers.len() as u32;
+        let has_room = load < self.settings.max_connections;
         if self.is_paused() || !has_room {
             return;
         }
