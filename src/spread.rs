@@ -4,8 +4,8 @@
 //! where CPUs are short, a second worker takes one from the clients and servers that it forwards
 //! for. So connections that copy are brought together: with as few workers as can carry them, as
 //! long as there is no CPU idle for more. Those that splice are shared evenly by all. A message
-//! behind bulk waits for it: so while CPUs are short, and bulk would gain nothing by one more,
-//! workers have either. docs/performance.md has the figures.
+//! behind bulk waits for it: so while CPUs are short, and a worker more or less is nothing to bulk,
+//! those that splice keep away from those that copy. docs/performance.md has the figures.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
