@@ -28,8 +28,8 @@ const IDLE_TO_GROW: f64 = 0.5;
 /// Idle CPUs so few that a worker less gives its CPU to others.
 const IDLE_TO_SHRINK: f64 = 0.3;
 
-/// How long there are not fewer workers after there were more or less of them, and how long CPUs are
-/// not taken to be short after they no longer were.
+/// How long there are not fewer workers after there were more or less of them, and how long CPUs
+/// are not taken to be short after they no longer were.
 const HOLD: Duration = Duration::from_secs(10);
 
 /// How long a worker that was seen to splice is taken to do so.

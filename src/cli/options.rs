@@ -205,8 +205,8 @@ const FORWARDING: &[Opt] = &[
         long: "--workers",
         value: Some(WORKERS),
         help: "Number of worker threads, 1 to 1024, each of which keeps the connections it gets. \
-               Else bulk is shared evenly, and short messages are brought together in as few as can \
-               carry them",
+               Else bulk is shared evenly, and short messages are brought together in as few as \
+               can carry them",
         default: Some("one for each allowed CPU"),
     },
     Opt {
