@@ -29,7 +29,7 @@ const IDLE_TO_GROW: f64 = 0.5;
 const IDLE_TO_SHRINK: f64 = 0.3;
 
 /// How long there are not fewer workers after there were more or less of them, and how long CPUs
-/// are not taken to be short after they no longer were.
+/// that became short are taken to be so.
 const HOLD: Duration = Duration::from_secs(10);
 
 /// How long a worker that was seen to splice is taken to do so.
@@ -102,8 +102,8 @@ struct Looks {
 struct Times {
     /// How many have those that copy.
     active: Option<Instant>,
-    /// CPUs are no longer short.
-    eased: Option<Instant>,
+    /// CPUs are short.
+    short: Option<Instant>,
 }
 
 impl std::fmt::Debug for Spread {
@@ -166,7 +166,11 @@ impl Spread {
         } else {
             None
         };
-        let worker = worker.unwrap_or(here);
+        let Some(worker) = worker else { return here };
+        if worker != here {
+            // Others that copy there say so again.
+            self.workers[here].copying_ms.store(0, Ordering::Relaxed);
+        }
         self.workers[worker].copying_ms.store(now, Ordering::Relaxed);
         worker
     }
@@ -228,10 +232,10 @@ impl Spread {
             self.active.store(next, Ordering::Relaxed);
         }
         let was_short = self.is_short.load(Ordering::Relaxed);
-        if was_short && seen.idle >= IDLE_TO_GROW {
-            times.eased = Some(now);
+        if was_short && seen.idle >= IDLE_TO_GROW && is_over(times.short) {
             self.is_short.store(false, Ordering::Relaxed);
-        } else if seen.idle < IDLE_TO_SHRINK && is_over(times.eased) {
+        } else if !was_short && seen.idle < IDLE_TO_SHRINK {
+            times.short = Some(now);
             self.is_short.store(true, Ordering::Relaxed);
         }
     }
@@ -312,14 +316,14 @@ mod tests {
         assert_eq!(places(&short, true), [0, 0, 0, 0]);
         let times = &mut Times::default();
         assert_eq!(places(&short, false), [1, 2, 2, 1], "they make room");
-        short.judge(seen(0.5, 0.5, 0.4), now, times);
+        short.judge(seen(0.5, 0.5, 0.4), now + HOLD * 2, times);
         assert_eq!(places(&short, false), [1, 2, 2, 1], "neither short nor idle: as before");
-        short.judge(seen(0.5, 0.5, 0.5), now, times);
+        short.judge(seen(0.5, 0.5, 0.5), now + HOLD * 2, times);
         assert_eq!(places(&short, false), [1, 2, 0, 1]);
-        short.judge(seen(0.5, 0.5, 0.2), now + HOLD, times);
-        assert_eq!(places(&short, false), [1, 2, 0, 1], "it left a CPU idle not long ago");
         short.judge(seen(0.5, 0.5, 0.2), now + HOLD * 2, times);
-        assert_eq!(places(&short, false), [1, 2, 2, 1]);
+        assert_eq!(places(&short, false), [1, 2, 2, 1], "at once");
+        short.judge(seen(0.5, 0.5, 0.5), now + HOLD * 3, times);
+        assert_eq!(places(&short, false), [1, 2, 2, 1], "which it left a CPU idle for");
     }
 
     #[test]
