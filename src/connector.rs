@@ -138,12 +138,11 @@ fn serve(part: Part, log: Log) -> Result<u8> {
         connected: connected.take(),
         handoff: handoff.next(),
         ended: part.ended.clone(),
-        shared_cpus: shared_cpus.clone(),
     });
     let (engine, mut crew) = if is_to_use_uring(config.engine, &log)? {
-        (Uring::NAME, Crew::start::<Uring>(seeds.collect())?)
+        (Uring::NAME, Crew::start::<Uring>(seeds.collect(), shared_cpus)?)
     } else {
-        (Epoll::NAME, Crew::start::<Epoll>(seeds.collect())?)
+        (Epoll::NAME, Crew::start::<Epoll>(seeds.collect(), shared_cpus)?)
     };
     let drain_timeout = Duration::from_millis(config.drain_timeout_ms.into());
     let (control, signals) = (&part.control, &part.signals);

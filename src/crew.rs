@@ -43,8 +43,6 @@ pub struct Seed {
     pub handoff: Option<Channel>,
     /// Where to count the connections that have ended.
     pub ended: SharedCounters,
-    /// The CPUs that all workers may have, if they are to share connections by them.
-    pub shared_cpus: Option<Arc<[usize]>>,
 }
 
 /// What a worker is told.
@@ -134,8 +132,9 @@ pub struct Outcome {
 
 impl Crew {
     /// Starts a worker with an engine of this kind for each seed and waits until all have it; or
-    /// fails as the first of them did.
-    pub fn start<E: Start>(seeds: Vec<Seed>) -> Result<Crew> {
+    /// fails as the first of them did. `shared_cpus`: what all may have, if they are to share
+    /// connections by what these are used for.
+    pub fn start<E: Start>(seeds: Vec<Seed>, shared_cpus: Option<Arc<[usize]>>) -> Result<Crew> {
         let (report, reports) = channel();
         let attention = Arc::new(event_fd()?);
         let mut crew = Crew {
@@ -151,8 +150,7 @@ impl Crew {
             is_draining: false,
             are_ours: None,
         };
-        let cpus = seeds.first().and_then(|seed| seed.shared_cpus.clone());
-        let spread = cpus.map(|cpus| Arc::new(Spread::new(seeds.len(), cpus)));
+        let spread = shared_cpus.map(|cpus| Arc::new(Spread::new(seeds.len(), cpus)));
         let share = |seed: &Seed| {
             event_fd().map(|wake| Arc::new(Shared::new(wake, seed.settings.max_connections)))
         };
