@@ -58,6 +58,14 @@ impl Pair {
             assert_eq!(got, message);
         }
     }
+
+    /// Ends both streams, one after the other.
+    fn end(&mut self) {
+        self.client.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(read_to_end(&mut self.target).how, "eof");
+        self.target.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(read_to_end(&mut self.client).how, "eof");
+    }
 }
 
 fn start(clients: &Netns, targets: &Netns, options: &[&str]) -> (Forwarder, TcpListener) {
@@ -234,17 +242,11 @@ fn a_program_that_drains_goes_on_until_the_last_of_those_that_were_moved() {
     let (first, second) = pairs.split_at_mut(CONNECTIONS / 2);
     for pair in first {
         pair.exchange(7);
-        pair.client.shutdown(Shutdown::Write).unwrap();
-        assert_eq!(read_to_end(&mut pair.target).how, "eof");
-        pair.target.shutdown(Shutdown::Write).unwrap();
-        assert_eq!(read_to_end(&mut pair.client).how, "eof");
+        pair.end();
     }
     exchange_all(second);
     for pair in second {
-        pair.client.shutdown(Shutdown::Write).unwrap();
-        assert_eq!(read_to_end(&mut pair.target).how, "eof");
-        pair.target.shutdown(Shutdown::Write).unwrap();
-        assert_eq!(read_to_end(&mut pair.client).how, "eof");
+        pair.end();
     }
     let exit = forwarder.finish();
     exit.assert_clean();
