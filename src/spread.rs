@@ -192,7 +192,8 @@ impl Spread {
         if is_splicing {
             self.workers[worker].splicing_ms.store(ms, Ordering::Relaxed);
         }
-        if ms - self.looked_ms.load(Ordering::Relaxed).min(ms) >= INTERVAL.as_millis() as u64 {
+        if ms.saturating_sub(self.looked_ms.load(Ordering::Relaxed)) >= INTERVAL.as_millis() as u64
+        {
             self.look(now);
         }
     }
@@ -209,8 +210,8 @@ impl Spread {
             // Another one does.
             Err(TryLockError::WouldBlock) => return,
         };
-        self.looked_ms.store(self.ms(now), Ordering::Relaxed);
         let ms = self.ms(now);
+        self.looked_ms.store(ms, Ordering::Relaxed);
         let is_splicing =
             |worker: usize| is_recent(&self.workers[worker].splicing_ms, ms, SPLICING);
         match looks.gauge.look(now, is_splicing) {
@@ -285,14 +286,14 @@ mod tests {
 
     #[test]
     fn those_that_copy_are_with_the_first_and_those_that_splice_with_all() {
-        let (spread, grown, now) = (spread(4), &mut Times::default(), Instant::now());
+        let (spread, times, now) = (spread(4), &mut Times::default(), Instant::now());
         assert_eq!(places(&spread, true), [0, 0, 0, 0]);
         assert_eq!(places(&spread, false), [1, 2, 3, 0]);
-        spread.judge(seen(1.0, 1.0, 2.0), now, grown);
+        spread.judge(seen(1.0, 1.0, 2.0), now, times);
         assert_eq!(places(&spread, true), [1, 0, 1, 0]);
-        spread.judge(seen(0.5, 0.9, 0.0), now + HOLD, grown);
+        spread.judge(seen(0.5, 0.9, 0.0), now + HOLD, times);
         assert_eq!(places(&spread, true), [1, 0, 1, 0], "one was too few not long ago");
-        spread.judge(seen(0.5, 0.9, 0.0), now + HOLD * 2, grown);
+        spread.judge(seen(0.5, 0.9, 0.0), now + HOLD * 2, times);
         assert_eq!(places(&spread, true), [0, 0, 0, 0]);
         spread.is_blind.store(true, Ordering::Relaxed);
         assert_eq!(places(&spread, true), [1, 1, 1, 1], "where they came to");
@@ -324,6 +325,18 @@ mod tests {
         assert_eq!(places(&short, false), [1, 2, 2, 1], "at once");
         short.judge(seen(0.5, 0.5, 0.5), now + HOLD * 3, times);
         assert_eq!(places(&short, false), [1, 2, 2, 1], "which it left a CPU idle for");
+    }
+
+    #[test]
+    fn a_worker_that_those_that_copy_leave_is_kept_no_longer() {
+        let spread = spread(2);
+        spread.is_short.store(true, Ordering::Relaxed);
+        spread.active.store(2, Ordering::Relaxed);
+        assert_eq!(spread.worker_for(1, 0, 1, true), 1);
+        assert_eq!(spread.worker_for(1, 0, 1, false), 0, "it is kept");
+        spread.active.store(1, Ordering::Relaxed);
+        assert_eq!(spread.worker_for(1, 0, 1, true), 0);
+        assert_eq!(spread.worker_for(0, 0, 0, false), 1);
     }
 
     #[test]
