@@ -1,6 +1,6 @@
 //! The worker threads: starting them, telling them what to do, hearing what they did.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
@@ -151,15 +151,20 @@ impl Crew {
             are_ours: None,
         };
         let spread = shared_cpus.map(|cpus| Arc::new(Spread::new(seeds.len(), cpus)));
-        let share = |seed: &Seed| {
-            event_fd().map(|wake| Arc::new(Shared::new(wake, seed.settings.max_connections)))
-        };
-        let siblings: Arc<[_]> = seeds.iter().map(share).collect::<Result<Vec<_>>>()?.into();
-        for (index, mut seed) in seeds.into_iter().enumerate() {
+        let (mut siblings, mut woken) = (Vec::new(), Vec::new());
+        for seed in &seeds {
+            let (shared, pipe) = Shared::new(seed.settings.max_connections).map_err(|errno| {
+                Error::system(Kind::Kernel, "cannot make a pipe", errno, LOW_LIMIT)
+            })?;
+            siblings.push(Arc::new(shared));
+            woken.push(pipe);
+        }
+        let siblings: Arc<[_]> = siblings.into();
+        for (index, (mut seed, woken)) in seeds.into_iter().zip(woken).enumerate() {
             let place = |spread: &Arc<_>| Place { index, spread: Arc::clone(spread) };
             seed.settings.place = spread.as_ref().map(place);
             let reporter = Reporter { reports: report.clone(), attention: crew.attention() };
-            crew.workers.push(spawn::<E>(index, seed, Arc::clone(&siblings), reporter)?);
+            crew.workers.push(spawn::<E>(index, seed, woken, Arc::clone(&siblings), reporter)?);
         }
         for _ in 0..crew.workers.len() {
             // The channel cannot close: `report` is here.
@@ -327,15 +332,12 @@ impl Reporter {
 fn spawn<E: Start>(
     index: usize,
     seed: Seed,
+    woken: OwnedFd,
     siblings: Arc<[Arc<Shared>]>,
     reporter: Reporter,
 ) -> Result<Handle> {
     let (commands, orders) = channel();
     let shared = Arc::clone(&siblings[index]);
-    let woken = shared
-        .as_fd()
-        .try_clone_to_owned()
-        .map_err(|error| Error::new(Kind::Kernel, format!("cannot copy an eventfd: {error}")))?;
     let thread = std::thread::Builder::new()
         .name(format!("worker-{index}"))
         .spawn(move || {

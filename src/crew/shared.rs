@@ -1,16 +1,17 @@
 //! What a worker's thread shares with the crew and with its siblings.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use nix::sys::eventfd::EventFd;
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
 
 use crate::worker::Moved;
 
 /// What others may use of a worker.
 pub(super) struct Shared {
-    wake: EventFd,
+    wake: OwnedFd,
     /// Connections it has, those it was given and has not yet seen included.
     load: AtomicU32,
     /// Most it may have at a time.
@@ -20,15 +21,17 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    /// `wake`: what the worker waits for.
-    pub(super) fn new(wake: EventFd, limit: u32) -> Self {
-        Self { wake, load: AtomicU32::new(0), limit, inbox: Inbox::new() }
+    /// Together with what the worker waits for. That is a pipe: while an eventfd is written to, the
+    /// kernel puts off what it has to tell by another (tests/kernel/reading.rs). Errors as pipe(2).
+    pub(super) fn new(limit: u32) -> Result<(Self, OwnedFd), Errno> {
+        let (woken, wake) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        Ok((Self { wake, load: AtomicU32::new(0), limit, inbox: Inbox::new() }, woken))
     }
 
     /// Has the worker look what there is.
     pub(super) fn wake(&self) {
         // Full: it has not looked since.
-        let _ = self.wake.write(1);
+        let _ = nix::unistd::write(&self.wake, &[0]);
     }
 
     pub(super) fn load(&self) -> u32 {
@@ -80,13 +83,6 @@ impl Shared {
         while !self.inbox.close() {
             drop(self.inbox.take());
         }
-    }
-}
-
-impl AsFd for Shared {
-    /// What the worker waits for.
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
     }
 }
 

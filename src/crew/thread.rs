@@ -151,8 +151,8 @@ impl<E: Start> Thread<E> {
     }
 
     fn obey(&mut self, reporter: &Reporter) {
-        let mut count = [0; 8];
-        let _ = nix::unistd::read(&self.woken, &mut count);
+        // More of them have it woken again, for nothing.
+        let _ = nix::unistd::read(&self.woken, &mut [0; 64]);
         while let Ok(order) = self.orders.try_recv() {
             match order {
                 Command::Listen(listener) => {
