@@ -154,11 +154,22 @@ pub(crate) fn is_inet(socket: impl AsFd) -> bool {
     asked.is_ok() && [libc::AF_INET, libc::AF_INET6].contains(&family)
 }
 
-/// Whether it is a socket of TCP itself, not of MPTCP.
-pub(crate) fn is_tcp(socket: RawFd) -> bool {
+/// Whether it is a socket of TCP itself: not of MPTCP, nor with a protocol on top, such as kernel
+/// TLS, which gives a receive one record.
+pub(crate) fn is_plain_tcp(socket: RawFd) -> bool {
     let mut protocol: libc::c_int = 0;
     let asked = socket_option(socket, libc::SO_PROTOCOL, &mut protocol);
-    asked.is_ok() && protocol == libc::IPPROTO_TCP
+    asked.is_ok() && protocol == libc::IPPROTO_TCP && !has_upper_protocol(socket)
+}
+
+fn has_upper_protocol(socket: RawFd) -> bool {
+    let mut name = [0_u8; 16];
+    let mut length = size_of_val(&name) as libc::socklen_t;
+    let (level, place) = (libc::IPPROTO_TCP, (&raw mut name).cast());
+    // SAFETY: there is room for the length given until the call returns.
+    let result = unsafe { libc::getsockopt(socket, level, libc::TCP_ULP, place, &raw mut length) };
+    // A kernel that does not know the option has none.
+    result == 0 && length > 0
 }
 
 /// Throws away what waits in the socket's error queue, which makes it look as if it had failed.

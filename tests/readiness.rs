@@ -1,5 +1,5 @@
-//! Sockets of a busy worker are waited for in a set that the ring reads (`engine::uring`'s
-//! `Readiness`): whatever comes on them, and whenever, is told as by a wait of its own.
+//! Sockets with short messages are waited for in a set (`engine::uring`'s `Readiness`): whatever
+//! comes on them, and whenever, is told as by a wait of its own.
 //!
 //! The first tests drive an engine step by step; the last ones run the program.
 
@@ -14,6 +14,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -25,14 +26,13 @@ use nsplice::engine::{Buffer, Engine, Outcome, Setup, Sleep, Start, Token};
 use nsplice::flow::half::BUFFER_BYTES;
 use nsplice::flow::{Op, Side};
 use support::calls::{SIOCATMARK, int_ioctl};
-use support::engine::reads_sets;
 use support::streams::{Random, accept, connect, send_at_once};
-use support::{Forwarder, Launch, Netns, PATIENCE, Process, eventually, namespaces, skip};
+use support::{Forwarder, Launch, Netns, PATIENCE, Process, eventually, namespaces};
 
-/// Connections that make an engine busy: enough receives a turn.
+/// More connections than an engine serves at once when all of them have a message.
 const BUSY: usize = 4;
-/// Turns after which it surely knows that.
-const ROUNDS: usize = 150;
+/// Messages after which a socket surely is in the set.
+const ROUNDS: usize = 10;
 
 const MESSAGE: [u8; 64] = [7; 64];
 
@@ -42,6 +42,8 @@ struct Worker {
     near: Vec<OwnedFd>,
     /// By slot.
     generations: Vec<u32>,
+    /// What is received is so by the ring, also a message that is alone.
+    by_ring: bool,
     /// The least number of its sockets. No other test's have such: the least that is free is the
     /// one that was closed last.
     numbers: i32,
@@ -61,7 +63,7 @@ impl Worker {
         });
         let numbers = 256 + 8 * WORKERS.fetch_add(1, Ordering::Relaxed);
         let (near, generations) = (Vec::new(), vec![0; 2 * BUSY]);
-        Self { engine: engine.unwrap(), near, generations, numbers }
+        Self { engine: engine.unwrap(), near, generations, by_ring: false, numbers }
     }
 
     fn token(&self, slot: usize, op: fn(Side) -> Op) -> Token {
@@ -119,6 +121,10 @@ impl Worker {
 
     #[track_caller]
     fn receive(&mut self, slot: usize) -> (Result<Option<u32>, Errno>, bool) {
+        if self.by_ring {
+            // The turn is over then.
+            assert!(self.engine.completion().is_none());
+        }
         self.engine.recv(self.token(slot, Op::Recv), &self.near[slot]);
         let (index, outcome) = self.next();
         let Outcome::Received { result, more } = outcome else { panic!("{outcome:?}") };
@@ -131,10 +137,10 @@ impl Worker {
         (length, more)
     }
 
-    /// Receives `length` bytes, which leaves nothing.
+    /// Receives `length` bytes, less than a buffer has room for.
     #[track_caller]
     fn take(&mut self, slot: usize, length: u32) {
-        assert_eq!(self.receive(slot), (Ok(Some(length)), false));
+        assert_eq!(self.receive(slot).0, Ok(Some(length)));
     }
 
     #[track_caller]
@@ -176,22 +182,17 @@ fn send_messages(worker: &mut Worker, far: &mut [TcpStream], rounds: usize) {
     }
 }
 
-/// A worker whose connections have had short messages for a while.
-fn busy_worker() -> Option<(Worker, Vec<TcpStream>)> {
-    let mut worker = Worker::new();
-    let mut far: Vec<_> = (0..BUSY).map(|_| worker.connection()).collect();
-    send_messages(&mut worker, &mut far, ROUNDS);
-    (worker.members() == BUSY).then_some((worker, far))
-}
-
-macro_rules! busy {
-    ($worker:ident, $far:ident) => {
-        #[allow(unused_mut)]
-        let Some((mut $worker, mut $far)) = busy_worker() else {
-            assert!(!reads_sets(), "busy sockets are not in the set");
-            skip!("the ring reads no sets: before Linux 6.15")
-        };
-    };
+/// Runs the body with a worker whose connections have had short messages for a while, twice: what is
+/// alone is received at once, and by the ring as if it was not.
+fn busy(body: impl Fn(&mut Worker, &mut Vec<TcpStream>)) {
+    for by_ring in [false, true] {
+        let mut worker = Worker::new();
+        worker.by_ring = by_ring;
+        let mut far: Vec<_> = (0..BUSY).map(|_| worker.connection()).collect();
+        send_messages(&mut worker, &mut far, ROUNDS);
+        assert_eq!(worker.members(), BUSY);
+        body(&mut worker, &mut far);
+    }
 }
 
 fn send_urgent(far: &TcpStream) {
@@ -207,123 +208,128 @@ fn wait_for_bytes(near: &OwnedFd, bytes: i32) {
 
 #[test]
 fn a_message_before_or_after_the_wait_is_told() {
-    busy!(worker, far);
-    for _ in 0..20 {
-        worker.wait_for(0);
-        worker.assert_silent();
-        far[0].write_all(b"abc").unwrap();
-        assert_eq!(worker.told(0), Ok(false));
-        worker.take(0, 3);
+    busy(|worker, far| {
+        for _ in 0..20 {
+            worker.wait_for(0);
+            worker.assert_silent();
+            far[0].write_all(b"abc").unwrap();
+            assert_eq!(worker.told(0), Ok(false));
+            worker.take(0, 3);
 
-        far[0].write_all(b"abc").unwrap();
-        wait_for_bytes(&worker.near[0], 3);
-        worker.wait_for(0);
-        assert_eq!(worker.told(0), Ok(false));
-        worker.take(0, 3);
-    }
+            far[0].write_all(b"abc").unwrap();
+            wait_for_bytes(&worker.near[0], 3);
+            worker.wait_for(0);
+            assert_eq!(worker.told(0), Ok(false));
+            worker.take(0, 3);
+        }
+    });
 }
 
 #[test]
 fn a_message_that_is_reported_before_it_is_asked_for_is_told() {
-    busy!(worker, far);
-    for urgent in [false, true] {
-        // Another one waits, so that the set is read.
-        worker.wait_for(1);
-        worker.assert_silent();
-        match urgent {
-            false => far[0].write_all(b"a").unwrap(),
-            true => send_urgent(&far[0]),
+    busy(|worker, far| {
+        for urgent in [false, true] {
+            // Another one waits, so that the set is read.
+            worker.wait_for(1);
+            worker.assert_silent();
+            match urgent {
+                false => far[0].write_all(b"a").unwrap(),
+                true => send_urgent(&far[0]),
+            }
+            wait_for_bytes(&worker.near[0], 1);
+            worker.assert_silent();
+            worker.wait_for(0);
+            assert_eq!(worker.told(0), Ok(urgent));
+            if urgent {
+                worker.take_urgent(0);
+            } else {
+                worker.take(0, 1);
+            }
+            far[1].write_all(b"b").unwrap();
+            assert_eq!(worker.told(1), Ok(false));
+            worker.take(1, 1);
         }
-        wait_for_bytes(&worker.near[0], 1);
-        worker.assert_silent();
-        worker.wait_for(0);
-        assert_eq!(worker.told(0), Ok(urgent));
-        if urgent {
-            worker.take_urgent(0);
-        } else {
-            worker.take(0, 1);
-        }
-        far[1].write_all(b"b").unwrap();
-        assert_eq!(worker.told(1), Ok(false));
-        worker.take(1, 1);
-    }
+    });
 }
 
 #[test]
 fn an_urgent_byte_is_told_wherever_it_is() {
-    busy!(worker, far);
-    // Alone, and first of all.
-    worker.wait_for(0);
-    worker.assert_silent();
-    send_urgent(&far[0]);
-    far[0].write_all(b"tail").unwrap();
-    assert_eq!(worker.told(0), Ok(true));
-    wait_for_bytes(&worker.near[0], 5);
-    worker.take_urgent(0);
-    worker.wait_for(0);
-    assert_eq!(worker.told(0), Ok(false));
-    worker.take(0, 4);
+    busy(|worker, far| {
+        // Alone, and first of all.
+        worker.wait_for(0);
+        worker.assert_silent();
+        send_urgent(&far[0]);
+        far[0].write_all(b"tail").unwrap();
+        assert_eq!(worker.told(0), Ok(true));
+        wait_for_bytes(&worker.near[0], 5);
+        worker.take_urgent(0);
+        worker.wait_for(0);
+        assert_eq!(worker.told(0), Ok(false));
+        worker.take(0, 4);
 
-    // Behind bytes that were told before it came.
-    worker.wait_for(0);
-    worker.assert_silent();
-    far[0].write_all(b"abc").unwrap();
-    assert_eq!(worker.told(0), Ok(false));
-    send_urgent(&far[0]);
-    far[0].write_all(b"def").unwrap();
-    wait_for_bytes(&worker.near[0], 7);
-    assert_eq!(worker.receive(0), (Ok(Some(3)), true));
-    worker.wait_for(0);
-    assert_eq!(worker.told(0), Ok(true));
-    worker.take_urgent(0);
-    worker.wait_for(0);
-    assert_eq!(worker.told(0), Ok(false));
-    worker.take(0, 3);
+        // Behind bytes that were told before it came.
+        worker.wait_for(0);
+        worker.assert_silent();
+        far[0].write_all(b"abc").unwrap();
+        assert_eq!(worker.told(0), Ok(false));
+        send_urgent(&far[0]);
+        far[0].write_all(b"def").unwrap();
+        wait_for_bytes(&worker.near[0], 7);
+        worker.take(0, 3);
+        worker.wait_for(0);
+        assert_eq!(worker.told(0), Ok(true));
+        worker.take_urgent(0);
+        worker.wait_for(0);
+        assert_eq!(worker.told(0), Ok(false));
+        worker.take(0, 3);
 
-    // After a receive and before the wait.
-    send_urgent(&far[0]);
-    wait_for_bytes(&worker.near[0], 1);
-    worker.wait_for(0);
-    assert_eq!(worker.told(0), Ok(true));
-    worker.take_urgent(0);
+        // After a receive and before the wait.
+        send_urgent(&far[0]);
+        wait_for_bytes(&worker.near[0], 1);
+        worker.wait_for(0);
+        assert_eq!(worker.told(0), Ok(true));
+        worker.take_urgent(0);
+    });
 }
 
 #[test]
 fn an_urgent_byte_that_is_ahead_of_others_is_told_with_them() {
     namespaces!(netns);
     netns.enter(|| {
-        busy!(worker, far);
-        worker.wait_for(0);
-        worker.assert_silent();
-        forged::urgent_behind_a_gap(&netns, &far[0], 3);
-        worker.assert_silent();
-        far[0].write_all(b"abc").unwrap();
-        assert_eq!(worker.told(0), Ok(true));
-        assert!(!worker.engine.is_at_mark(&worker.near[0]));
+        busy(|worker, far| {
+            worker.wait_for(0);
+            worker.assert_silent();
+            forged::urgent_behind_a_gap(&netns, &far[0], 3);
+            worker.assert_silent();
+            far[0].write_all(b"abc").unwrap();
+            assert_eq!(worker.told(0), Ok(true));
+            assert!(!worker.engine.is_at_mark(&worker.near[0]));
+        });
     });
 }
 
 #[test]
 fn what_a_receive_leaves_is_told_at_once() {
-    busy!(worker, far);
-    for length in [BUFFER_BYTES, BUFFER_BYTES + 1, 3 * BUFFER_BYTES] {
-        worker.wait_for(0);
-        worker.assert_silent();
-        far[0].write_all(&vec![1; length as usize]).unwrap();
-        wait_for_bytes(&worker.near[0], length as i32);
-        let mut left = length;
-        while left > 0 {
-            assert_eq!(worker.told(0), Ok(false));
-            let now = left.min(BUFFER_BYTES);
-            left -= now;
-            assert_eq!(worker.receive(0), (Ok(Some(now)), left > 0));
+    busy(|worker, far| {
+        for length in [BUFFER_BYTES, BUFFER_BYTES + 1, 3 * BUFFER_BYTES] {
             worker.wait_for(0);
+            worker.assert_silent();
+            far[0].write_all(&vec![1; length as usize]).unwrap();
+            wait_for_bytes(&worker.near[0], length as i32);
+            let mut left = length;
+            while left > 0 {
+                assert_eq!(worker.told(0), Ok(false));
+                let now = left.min(BUFFER_BYTES);
+                left -= now;
+                assert_eq!(worker.receive(0), (Ok(Some(now)), left > 0));
+                worker.wait_for(0);
+            }
+            worker.assert_silent();
+            far[0].write_all(b"a").unwrap();
+            assert_eq!(worker.told(0), Ok(false));
+            worker.take(0, 1);
         }
-        worker.assert_silent();
-        far[0].write_all(b"a").unwrap();
-        assert_eq!(worker.told(0), Ok(false));
-        worker.take(0, 1);
-    }
+    });
 }
 
 /// Ends the connection, with a reset or a FIN.
@@ -341,19 +347,20 @@ fn wait_for_end(near: &OwnedFd) {
 #[test]
 fn an_end_and_a_reset_are_told() {
     for (reset, before) in [(false, false), (false, true), (true, false), (true, true)] {
-        busy!(worker, far);
-        if before {
-            end(far.remove(0), reset);
-            wait_for_end(&worker.near[0]);
-            worker.wait_for(0);
-        } else {
-            worker.wait_for(0);
-            worker.assert_silent();
-            end(far.remove(0), reset);
-        }
-        assert_eq!(worker.told(0), Ok(false));
-        let ended = if reset { Err(Errno::ECONNRESET) } else { Ok(None) };
-        assert_eq!(worker.receive(0).0, ended);
+        busy(|worker, far| {
+            if before {
+                end(far.remove(0), reset);
+                wait_for_end(&worker.near[0]);
+                worker.wait_for(0);
+            } else {
+                worker.wait_for(0);
+                worker.assert_silent();
+                end(far.remove(0), reset);
+            }
+            assert_eq!(worker.told(0), Ok(false));
+            let ended = if reset { Err(Errno::ECONNRESET) } else { Ok(None) };
+            assert_eq!(worker.receive(0).0, ended);
+        });
     }
 }
 
@@ -361,167 +368,175 @@ fn an_end_and_a_reset_are_told() {
 #[test]
 fn an_end_and_a_reset_behind_bytes_are_told() {
     for (reset, told_before) in [(false, false), (false, true), (true, false), (true, true)] {
-        busy!(worker, far);
-        // Another one waits, so that the set is read.
-        worker.wait_for(1);
-        worker.wait_for(0);
-        worker.assert_silent();
-        far[0].write_all(b"abc").unwrap();
-        if told_before {
-            assert_eq!(worker.told(0), Ok(false));
-        }
-        end(far.remove(0), reset);
-        wait_for_end(&worker.near[0]);
-        if told_before {
-            // Reported while nobody waits for it.
+        busy(|worker, far| {
+            // Another one waits, so that the set is read.
+            worker.wait_for(1);
+            worker.wait_for(0);
             worker.assert_silent();
-        } else {
+            far[0].write_all(b"abc").unwrap();
+            if told_before {
+                assert_eq!(worker.told(0), Ok(false));
+            }
+            end(far.remove(0), reset);
+            wait_for_end(&worker.near[0]);
+            if told_before {
+                // Reported while nobody waits for it.
+                worker.assert_silent();
+            } else {
+                assert_eq!(worker.told(0), Ok(false));
+            }
+            assert_eq!(worker.receive(0).0, Ok(Some(3)));
+            worker.wait_for(0);
             assert_eq!(worker.told(0), Ok(false));
-        }
-        assert_eq!(worker.receive(0).0, Ok(Some(3)));
-        worker.wait_for(0);
-        assert_eq!(worker.told(0), Ok(false));
-        let ended = if reset { Err(Errno::ECONNRESET) } else { Ok(None) };
-        assert_eq!(worker.receive(0).0, ended);
+            let ended = if reset { Err(Errno::ECONNRESET) } else { Ok(None) };
+            assert_eq!(worker.receive(0).0, ended);
+        });
     }
 }
 
 #[test]
-fn wake_ups_for_nothing_make_no_kernel_worker() {
-    busy!(worker, far);
-    worker.wait_for(1);
-    for _ in 0..400 {
-        far[0].write_all(b"a").unwrap();
-        wait_for_bytes(&worker.near[0], 1);
-        assert_eq!(worker.engine.recv_urgent(&worker.near[0]), Ok(Some(b'a')));
-        worker.engine.wait(Sleep::ForMs(1)).unwrap();
-        let told = worker.engine.completion();
-        assert!(told.is_none(), "{told:?}");
-    }
-    let names = Process::of(std::process::id() as i32).unwrap().thread_names();
-    let mine = format!("iou-wrk-{}", nix::unistd::gettid());
-    assert!(!names.contains(&mine), "the kernel has made {mine}");
-    far[1].write_all(b"b").unwrap();
-    assert_eq!(worker.told(1), Ok(false));
+fn what_the_ring_tells_ends_a_sleep_for_the_set() {
+    busy(|worker, _far| {
+        worker.wait_for(1);
+        let mut fresh = worker.connection();
+        worker.wait_for(BUSY);
+        worker.assert_silent();
+        let writer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            fresh.write_all(b"abc").unwrap();
+            fresh
+        });
+        let started = Instant::now();
+        let patience_ms = u32::try_from(PATIENCE.as_millis()).unwrap();
+        worker.engine.wait(Sleep::ForMs(patience_ms)).unwrap();
+        assert!(started.elapsed() < PATIENCE, "it sleeps for as long as it may");
+        assert_eq!(worker.told(BUSY), Ok(false));
+        writer.join().unwrap();
+    });
 }
 
 #[test]
 fn a_wait_that_is_cancelled_completes_once_and_loses_nothing() {
-    busy!(worker, far);
-    worker.wait_for(0);
-    worker.assert_silent();
-    worker.engine.cancel(worker.token(0, Op::Readable));
-    assert_eq!(worker.told(0), Err(Errno::ECANCELED));
-    worker.assert_silent();
-    far[0].write_all(b"abc").unwrap();
-    wait_for_bytes(&worker.near[0], 3);
-    worker.assert_silent();
-    worker.wait_for(0);
-    assert_eq!(worker.told(0), Ok(false));
-    worker.take(0, 3);
+    busy(|worker, far| {
+        worker.wait_for(0);
+        worker.assert_silent();
+        worker.engine.cancel(worker.token(0, Op::Readable));
+        assert_eq!(worker.told(0), Err(Errno::ECANCELED));
+        worker.assert_silent();
+        far[0].write_all(b"abc").unwrap();
+        wait_for_bytes(&worker.near[0], 3);
+        worker.assert_silent();
+        worker.wait_for(0);
+        assert_eq!(worker.told(0), Ok(false));
+        worker.take(0, 3);
+    });
 }
 
 #[test]
 fn a_socket_that_was_let_go_is_told_of_by_another_worker_only() {
-    busy!(worker, far);
-    worker.wait_for(0);
-    worker.assert_silent();
-    worker.engine.cancel(worker.token(0, Op::Readable));
-    assert_eq!(worker.told(0), Err(Errno::ECANCELED));
-    worker.engine.let_go(&worker.near[0]);
-    assert_eq!(worker.members(), BUSY - 1);
-    let mut other = Worker::new();
-    other.near.push(worker.near.remove(0));
-    for _ in 0..3 {
-        other.wait_for(0);
-        far[0].write_all(&MESSAGE).unwrap();
-        assert_eq!(other.told(0), Ok(false));
-        other.take(0, MESSAGE.len() as u32);
+    busy(|worker, far| {
+        worker.wait_for(0);
         worker.assert_silent();
-    }
-    // It comes back, as another flow.
-    other.engine.let_go(&other.near[0]);
-    worker.near.insert(0, other.near.remove(0));
-    worker.generations[0] += 1;
-    send_messages(&mut worker, &mut far, 20);
-    assert_eq!(worker.members(), BUSY);
+        worker.engine.cancel(worker.token(0, Op::Readable));
+        assert_eq!(worker.told(0), Err(Errno::ECANCELED));
+        worker.engine.let_go(&worker.near[0]);
+        assert_eq!(worker.members(), BUSY - 1);
+        let mut other = Worker::new();
+        other.near.push(worker.near.remove(0));
+        for _ in 0..3 {
+            other.wait_for(0);
+            far[0].write_all(&MESSAGE).unwrap();
+            assert_eq!(other.told(0), Ok(false));
+            other.take(0, MESSAGE.len() as u32);
+            worker.assert_silent();
+        }
+        // It comes back, as another flow.
+        other.engine.let_go(&other.near[0]);
+        worker.near.insert(0, other.near.remove(0));
+        worker.generations[0] += 1;
+        send_messages(worker, far, 20);
+        assert_eq!(worker.members(), BUSY);
+    });
 }
 
 #[test]
 fn a_connection_with_the_slot_and_the_number_of_one_that_was_closed_is_another() {
-    busy!(worker, far);
-    for _ in 0..10 {
-        // Another one waits, so that the set is read.
-        worker.wait_for(1);
-        let closed = worker.near[0].as_raw_fd();
-        let _ = far[0].write_all(b"for the old one");
-        let socket = worker.near.remove(0);
-        worker.engine.close(socket);
-        // Those that the engine keeps are no more than 16 bits.
-        worker.generations[0] += 1 << 16;
-        worker.assert_silent();
-        let fresh = worker.connection();
-        let socket = worker.near.pop().unwrap();
-        worker.near.insert(0, socket);
-        far[0] = fresh;
-        assert_eq!(worker.near[0].as_raw_fd(), closed, "the number is not given again");
-        far[0].write_all(b"abc").unwrap();
-        wait_for_bytes(&worker.near[0], 3);
-        worker.wait_for(0);
-        assert_eq!(worker.told(0), Ok(false));
-        worker.take(0, 3);
-        worker.wait_for(0);
-        worker.assert_silent();
-        far[0].write_all(b"d").unwrap();
-        assert_eq!(worker.told(0), Ok(false));
-        worker.take(0, 1);
-        far[1].write_all(b"e").unwrap();
-        assert_eq!(worker.told(1), Ok(false));
-        worker.take(1, 1);
-        // It joins as the other one did.
-        send_messages(&mut worker, &mut far, 5);
-        assert_eq!(worker.members(), BUSY);
-    }
+    busy(|worker, far| {
+        for _ in 0..10 {
+            // Another one waits, so that the set is read.
+            worker.wait_for(1);
+            let closed = worker.near[0].as_raw_fd();
+            let _ = far[0].write_all(b"for the old one");
+            let socket = worker.near.remove(0);
+            worker.engine.close(socket);
+            // Those that the engine keeps are no more than 16 bits.
+            worker.generations[0] += 1 << 16;
+            worker.assert_silent();
+            let fresh = worker.connection();
+            let socket = worker.near.pop().unwrap();
+            worker.near.insert(0, socket);
+            far[0] = fresh;
+            assert_eq!(worker.near[0].as_raw_fd(), closed, "the number is not given again");
+            far[0].write_all(b"abc").unwrap();
+            wait_for_bytes(&worker.near[0], 3);
+            worker.wait_for(0);
+            assert_eq!(worker.told(0), Ok(false));
+            worker.take(0, 3);
+            worker.wait_for(0);
+            worker.assert_silent();
+            far[0].write_all(b"d").unwrap();
+            assert_eq!(worker.told(0), Ok(false));
+            worker.take(0, 1);
+            far[1].write_all(b"e").unwrap();
+            assert_eq!(worker.told(1), Ok(false));
+            worker.take(1, 1);
+            // It joins as the other one did.
+            send_messages(worker, far, 5);
+            assert_eq!(worker.members(), BUSY);
+        }
+    });
 }
 
 /// Other sockets than TCP's do not say what a receive leaves.
 #[test]
 fn a_unix_domain_socket_is_waited_for_by_itself() {
-    busy!(worker, far);
-    let (mut there, here) = UnixStream::pair().unwrap();
-    here.set_nonblocking(true).unwrap();
-    worker.near.push(here.into());
-    let slot = BUSY;
-    for _ in 0..20 {
-        there.write_all(b"abc").unwrap();
-        there.write_all(b"de").unwrap();
-        worker.wait_for(slot);
-        assert_eq!(worker.told(slot), Ok(false));
-        assert_eq!(worker.receive(slot).0, Ok(Some(5)));
-        // So that the worker stays a busy one.
-        for (other, far) in far.iter_mut().enumerate() {
-            worker.wait_for(other);
-            far.write_all(&MESSAGE).unwrap();
-            assert_eq!(worker.told(other), Ok(false));
-            worker.take(other, MESSAGE.len() as u32);
+    busy(|worker, far| {
+        let (mut there, here) = UnixStream::pair().unwrap();
+        here.set_nonblocking(true).unwrap();
+        worker.near.push(here.into());
+        let slot = BUSY;
+        for _ in 0..20 {
+            there.write_all(b"abc").unwrap();
+            there.write_all(b"de").unwrap();
+            worker.wait_for(slot);
+            assert_eq!(worker.told(slot), Ok(false));
+            assert_eq!(worker.receive(slot).0, Ok(Some(5)));
+            // So that the worker stays a busy one.
+            for (other, far) in far.iter_mut().enumerate() {
+                worker.wait_for(other);
+                far.write_all(&MESSAGE).unwrap();
+                assert_eq!(worker.told(other), Ok(false));
+                worker.take(other, MESSAGE.len() as u32);
+            }
         }
-    }
-    assert_eq!(worker.members(), BUSY);
+        assert_eq!(worker.members(), BUSY);
+    });
 }
 
 #[test]
 fn a_socket_that_no_longer_has_short_messages_leaves_the_set() {
-    busy!(worker, far);
-    let block = vec![1; BUFFER_BYTES as usize];
-    // Another one waits all the time, so that the set is read.
-    worker.wait_for(1);
-    eventually("it leaves", || {
-        far[0].write_all(&block).unwrap();
-        wait_for_bytes(&worker.near[0], block.len() as i32);
-        worker.wait_for(0);
-        assert_eq!(worker.told(0), Ok(false));
-        assert_eq!(worker.receive(0).0, Ok(Some(BUFFER_BYTES)));
-        (worker.members() == BUSY - 1).then_some(())
+    busy(|worker, far| {
+        let block = vec![1; BUFFER_BYTES as usize];
+        // Another one waits all the time, so that the set is read.
+        worker.wait_for(1);
+        eventually("it leaves", || {
+            far[0].write_all(&block).unwrap();
+            wait_for_bytes(&worker.near[0], block.len() as i32);
+            worker.wait_for(0);
+            assert_eq!(worker.told(0), Ok(false));
+            assert_eq!(worker.receive(0).0, Ok(Some(BUFFER_BYTES)));
+            (worker.members() == BUSY - 1).then_some(())
+        });
     });
 }
 
@@ -609,7 +624,7 @@ impl Busy {
         for _ in 0..ROUNDS {
             send_at_once(&connector, pairs.iter().map(|(client, server)| (client, server)));
         }
-        assert!(connector.in_sets().len() >= connections || !reads_sets());
+        assert!(connector.in_sets().len() >= connections);
         Self { forwarder, pairs }
     }
 }

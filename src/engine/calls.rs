@@ -12,6 +12,9 @@ use nix::sys::socket::{
 use crate::config::SocketOptions;
 use crate::socket::prepare;
 
+/// Why a set cannot be made.
+pub(super) const NO_EPOLL: &str = "RLIMIT_NOFILE, or sysctl fs.epoll.max_user_watches, is too low";
+
 pub(super) fn target_socket(
     target: Option<&SockaddrStorage>,
     options: &SocketOptions,

@@ -171,10 +171,8 @@ impl Start for Epoll {
     const NAME: &'static str = "epoll";
 
     fn start(setup: &Setup) -> Result<Self, Error> {
-        let refused = |errno| {
-            let cause = "RLIMIT_NOFILE, or sysctl fs.epoll.max_user_watches, is too low";
-            Error::system(Kind::Kernel, "cannot set up epoll", errno, cause)
-        };
+        let refused =
+            |errno| Error::system(Kind::Kernel, "cannot set up epoll", errno, calls::NO_EPOLL);
         Ok(Self {
             interest: Interest::new().map_err(refused)?,
             reports: Vec::with_capacity(2 * EVENTS),

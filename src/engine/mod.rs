@@ -149,7 +149,7 @@ pub enum Outcome<S> {
     Received {
         /// The bytes; `None`: end of stream.
         result: Result<Option<Buffer>, Errno>,
-        /// The socket had more.
+        /// The socket had more. Where the buffer is not full, that may not have been asked.
         more: bool,
     },
     /// Number of bytes sent.

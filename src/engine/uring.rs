@@ -1,17 +1,17 @@
 //! The io_uring engine: one ring, used by one thread.
 //!
-//! The ring says *when*; bulk bytes are moved by splice(2) on the ring's own thread, because the
-//! kernel runs every IORING_OP_SPLICE on a kernel worker thread (tests/kernel/workers.rs). Nothing
-//! that is submitted here may be punted to such a worker: sends do not wait, and shutting down,
-//! which always is, is the plain system call.
+//! The ring says *when*, and for sockets with short messages a set (`Readiness`); bulk bytes are
+//! moved by splice(2) on the ring's own thread, because the kernel runs every IORING_OP_SPLICE on a
+//! kernel worker thread (tests/kernel/workers.rs). Nothing that is submitted here may be punted to
+//! such a worker: sends do not wait, and shutting down, which always is, is the plain system call.
 
 #![allow(unsafe_code)]
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
+use io_uring::types::{CancelBuilder, Fd, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use nix::errno::Errno;
 use nix::libc;
@@ -20,7 +20,7 @@ use nix::sys::socket::{SockaddrLike, SockaddrStorage};
 use self::buffers::{Buffers, GROUP};
 use self::readiness::Readiness;
 pub use self::setup::probe;
-use self::setup::{CQ_ENTRIES, Refusal, SQ_ENTRIES, build_ring, decode_result, errno_of};
+use self::setup::{CQ_ENTRIES, Refusal, SQ_ENTRIES, build_ring, decode_result};
 use super::{Buffer, Completion, Engine, Outcome, Setup, Sleep, Start, Token, calls};
 use crate::config::SocketOptions;
 use crate::error::{Error, Kind};
@@ -31,11 +31,11 @@ use crate::pipe::{Pipe, PipePool};
 mod buffers;
 mod readiness;
 mod setup;
+mod waiting;
 
-/// From the kernel's `io_uring.h`; the crate keeps them to itself.
-const ENTER_GETEVENTS: u32 = 1 << 0;
-const ENTER_EXT_ARG: u32 = 1 << 3;
-const ENTER_NO_IOWAIT: u32 = 1 << 7;
+/// Completions of a turn, messages on sockets of the set among them, up to which what is received
+/// and sent is so by calls of its own. More share an entry into the ring.
+const FEW: usize = 3;
 
 /// An engine on one io_uring ring.
 pub struct Uring {
@@ -49,6 +49,10 @@ pub struct Uring {
     sockets: SocketOptions,
     /// Completions taken from the ring and not yet handed on.
     inbox: VecDeque<cqueue::Entry>,
+    /// What was done at once, and is not yet handed on.
+    done: VecDeque<Completion<OwnedFd>>,
+    /// The turn has no more than [`FEW`], and these are being served: at once.
+    are_few: bool,
     enter_flags: u32,
     busy_poll: Duration,
     /// Lengths of pauses, in milliseconds, as the kernel reads them when it takes the request.
@@ -70,7 +74,7 @@ impl Uring {
             let _ = self.ring.submit();
             // What completes while it is submitted is less than there is room for: nothing in the
             // ring overflows, however much is submitted in a turn.
-            self.inbox.extend(self.ring.completion());
+            self.take();
         }
     }
 
@@ -94,7 +98,7 @@ impl Uring {
                     let urgent = |events| events & libc::POLLPRI as u32 != 0;
                     Outcome::Readable(result.map(urgent))
                 }
-                Op::Recv(_) => self.decode_received(token, entry, result),
+                Op::Recv(_) => self.decode_received(entry, result),
                 Op::Send(_) => Outcome::Sent(result),
                 Op::Watch(_) => {
                     let events = result.unwrap_or(0) as i16;
@@ -108,12 +112,10 @@ impl Uring {
 
     fn decode_received(
         &mut self,
-        token: Token,
         entry: &cqueue::Entry,
         result: Result<u32, Errno>,
     ) -> Outcome<OwnedFd> {
         let more = cqueue::sock_nonempty(entry.flags());
-        self.readiness.received(token, result, more);
         let id = cqueue::buffer_select(entry.flags());
         let buffer = id.map(|id| Buffer::received(id, result.unwrap_or(0)));
         let result = match result {
@@ -132,50 +134,6 @@ impl Uring {
         };
         Outcome::Received { result, more }
     }
-
-    /// Looks for completions until there is one, or some to be made, or the time is up. It calls
-    /// nothing: the kernel raises a flag in the ring when it has work for the thread to do.
-    fn spin(&mut self) {
-        let until = Instant::now() + self.busy_poll;
-        while self.ring.completion().is_empty()
-            && !self.ring.submission().taskrun()
-            && Instant::now() < until
-        {
-            std::hint::spin_loop();
-        }
-    }
-
-    /// One io_uring_enter(2): hands over what is collected, and takes what has completed.
-    fn enter(&mut self, sleep: Sleep) -> Result<(), Errno> {
-        let to_submit = self.ring.submission().len() as u32;
-        let submitter = self.ring.submitter();
-        let flags = self.enter_flags;
-        // SAFETY: the queue holds `to_submit` entries (see `push`), and the argument, where there
-        // is one, lives until the call returns.
-        let result = unsafe {
-            match sleep {
-                Sleep::No => submitter.enter::<libc::sigset_t>(to_submit, 0, flags, None),
-                Sleep::Forever => submitter.enter::<libc::sigset_t>(to_submit, 1, flags, None),
-                Sleep::ForMs(ms) => {
-                    let time = timespec(ms);
-                    let args = SubmitArgs::new().timespec(&time);
-                    submitter.enter(to_submit, 1, flags | ENTER_EXT_ARG, Some(&args))
-                }
-            }
-        };
-        let completions = self.ring.completion();
-        if completions.overflow() > 0 {
-            // The kernel had no memory to keep what there was no room for: a flow would wait for
-            // ever for what is lost.
-            return Err(Errno::EOVERFLOW);
-        }
-        self.inbox.extend(completions);
-        match result.map_err(errno_of) {
-            // EAGAIN and EBUSY: not all was submitted; what was not is still in the queue.
-            Ok(_) | Err(Errno::EINTR | Errno::ETIME | Errno::EAGAIN | Errno::EBUSY) => Ok(()),
-            Err(errno) => Err(errno),
-        }
-    }
 }
 
 impl Start for Uring {
@@ -187,8 +145,12 @@ impl Start for Uring {
             .map_err(|errno| Error::system(Kind::Kernel, "cannot map buffers", errno, ""))?;
         buffers.register(&ring).map_err(Refusal::to("register buffers"))?;
         let no_iowait = ring.params().is_feature_no_iowait();
-        let readiness = Readiness::new(setup::can_read_sets(&ring));
-        Ok(Self {
+        let readiness = Readiness::new().map_err(|errno| {
+            Error::system(Kind::Kernel, "cannot set up epoll", errno, calls::NO_EPOLL)
+        })?;
+        let submitter = ring.submitter();
+        submitter.register_eventfd(readiness.bell()).map_err(Refusal::to("register an eventfd"))?;
+        let mut engine = Self {
             ring,
             buffers,
             readiness,
@@ -196,10 +158,14 @@ impl Start for Uring {
             target: setup.target.map(|target| Box::new(target.into())),
             sockets: setup.sockets,
             inbox: VecDeque::with_capacity(CQ_ENTRIES as usize),
+            done: VecDeque::with_capacity(4),
+            are_few: false,
             pauses: BTreeMap::new(),
             busy_poll: Duration::from_micros(setup.busy_poll_us.into()),
-            enter_flags: ENTER_GETEVENTS | if no_iowait { ENTER_NO_IOWAIT } else { 0 },
-        })
+            enter_flags: waiting::enter_flags(no_iowait),
+        };
+        engine.ring.completion().disable_eventfd();
+        Ok(engine)
     }
 }
 
@@ -226,6 +192,9 @@ impl Engine for Uring {
 
     fn recv(&mut self, token: Token, socket: &OwnedFd) {
         self.readiness.receiving(token, socket);
+        if self.are_few && self.receive_at_once(token, socket) {
+            return;
+        }
         let entry = opcode::Recv::new(fd(socket), std::ptr::null_mut(), BUFFER_BYTES)
             .buf_group(GROUP)
             .flags(libc::MSG_DONTWAIT)
@@ -251,10 +220,16 @@ impl Engine for Uring {
     }
 
     fn send(&mut self, token: Token, socket: &OwnedFd, buffer: &Buffer, more: bool) {
+        let flags = calls::send_flags(more);
+        if self.are_few {
+            let result = self.buffers.send(socket.as_raw_fd(), buffer, flags);
+            self.done.push_back(Completion { token, outcome: Outcome::Sent(result) });
+            return;
+        }
         // Without waiting: a send that had to wait on a half-closed socket would be punted to a
         // kernel worker (tests/kernel/workers.rs).
         let entry = opcode::Send::new(fd(socket), self.buffers.bytes(buffer), buffer.len())
-            .flags(calls::send_flags(more).bits());
+            .flags(flags.bits());
         self.push(token, entry.build());
     }
 
@@ -360,29 +335,29 @@ impl Engine for Uring {
             // From its beginning again: what is used is what is needed at a time.
             self.inbox.clear();
         }
-        self.inbox.extend(self.ring.completion());
-        if let Some(entry) = self.readiness.turn()? {
-            self.push_chain(&[entry]);
+        self.take();
+        if self.readiness.is_awaited() {
+            self.wait_for_set(sleep)?;
+        } else {
+            self.wait_for_ring(sleep)?;
         }
-        let sleep = if self.readiness.has_news() { Sleep::No } else { sleep };
-        if sleep != Sleep::No && !self.busy_poll.is_zero() && self.inbox.is_empty() {
-            self.enter(Sleep::No)?;
-            if self.inbox.is_empty() {
-                self.spin();
-            }
-        }
-        self.enter(if self.inbox.is_empty() { sleep } else { Sleep::No })
+        self.are_few = self.readiness.news() > 0 && self.told() <= FEW;
+        Ok(())
     }
 
     fn completion(&mut self) -> Option<Completion<OwnedFd>> {
         loop {
+            if let Some(done) = self.done.pop_front() {
+                return Some(done);
+            }
             if let Some((token, urgent)) = self.readiness.next() {
                 return Some(Completion { token, outcome: Outcome::Readable(urgent) });
             }
-            let entry = self.inbox.pop_front()?;
-            if entry.user_data() == readiness::READ {
-                self.readiness.on_read(decode_result(entry.result()));
-            } else if let Some(completion) = self.decode(&entry) {
+            let Some(entry) = self.inbox.pop_front() else {
+                self.are_few = false;
+                return None;
+            };
+            if let Some(completion) = self.decode(&entry) {
                 return Some(completion);
             }
         }

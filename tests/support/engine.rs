@@ -38,14 +38,6 @@ impl Wanted {
     }
 }
 
-/// Whether rings read epoll's sets here: since Linux 6.15.
-pub fn reads_sets() -> bool {
-    let ring = io_uring::IoUring::new(1).unwrap();
-    let mut known = io_uring::Probe::new();
-    ring.submitter().register_probe(&mut known).unwrap();
-    known.is_supported(io_uring::opcode::EpollWait::CODE)
-}
-
 /// The end of the line that says that io_uring is not to be had.
 const FALLBACK: &str = "; using epoll\n";
 

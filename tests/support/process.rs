@@ -83,14 +83,19 @@ impl Process {
         self.fds().iter().filter(|target| is_one(target)).count()
     }
 
-    /// The descriptors in its epoll sets, by number.
+    /// The sockets in its epoll sets, by number.
     pub fn in_sets(&self) -> Vec<RawFd> {
         let directory = format!("/proc/{}/fdinfo", self.pid);
         let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
         let texts = entries.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());
         let number =
             |line: &str| line.strip_prefix("tfd:")?.split_whitespace().next()?.parse().ok();
-        texts.flat_map(|text| text.lines().filter_map(number).collect::<Vec<_>>()).collect()
+        let is_socket = |fd: &RawFd| {
+            let target = fs::read_link(format!("/proc/{}/fd/{fd}", self.pid));
+            target.is_ok_and(|target| target.to_string_lossy().starts_with("socket:"))
+        };
+        let numbers = texts.flat_map(|text| text.lines().filter_map(number).collect::<Vec<_>>());
+        numbers.filter(is_socket).collect()
     }
 
     /// Sets its soft limit of descriptors; returns the one it had.

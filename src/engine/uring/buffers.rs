@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::num::NonZeroUsize;
+use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, Ordering};
 
@@ -13,12 +14,16 @@ use io_uring::types::BufRingEntry;
 use nix::errno::Errno;
 use nix::libc::c_void;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use nix::sys::socket::{MsgFlags, recv, send};
 
 use crate::engine::Buffer;
 use crate::flow::half::BUFFER_BYTES;
 
-/// Buffers a worker can have: 64 MiB when all are in use. A power of two.
+/// Buffers a ring can have: 64 MiB when all are in use. A power of two.
 const MAX_BUFFERS: u16 = 8192;
+
+/// Buffers besides those, which the kernel is not given: for receives that are made at once.
+const OWN_BUFFERS: u16 = 8;
 
 /// Buffers provided at the start, and again whenever the kernel runs out of them. Few, because
 /// the kernel uses them in turn: all that are provided take memory, and pass through the cache.
@@ -60,14 +65,17 @@ pub(super) struct Buffers {
     tail: u16,
     /// Buffers the kernel has been given for the first time.
     provided: u16,
+    /// Those of the others that nobody has. The last is taken first: it is still in the cache.
+    own: Vec<u16>,
 }
 
 impl Buffers {
     pub(super) fn new() -> Result<Self, Errno> {
-        let count = usize::from(MAX_BUFFERS);
+        let count = usize::from(MAX_BUFFERS + OWN_BUFFERS);
         let memory = Mapping::new(count * BUFFER_BYTES as usize)?;
-        let entries = Mapping::new(count * size_of::<BufRingEntry>())?;
-        Ok(Self { memory, entries, tail: 0, provided: 0 })
+        let entries = Mapping::new(usize::from(MAX_BUFFERS) * size_of::<BufRingEntry>())?;
+        let own = (MAX_BUFFERS..MAX_BUFFERS + OWN_BUFFERS).rev().collect();
+        Ok(Self { memory, entries, tail: 0, provided: 0, own })
     }
 
     /// Makes them known to `ring`. They must outlive it.
@@ -89,9 +97,43 @@ impl Buffers {
         more > 0
     }
 
-    /// Gives a buffer back to the kernel.
+    /// Gives a buffer back to where it is from.
     pub(super) fn give_back(&mut self, buffer: Buffer) {
-        self.provide(buffer.id());
+        if buffer.id() < MAX_BUFFERS {
+            self.provide(buffer.id());
+        } else {
+            self.own.push(buffer.id());
+        }
+    }
+
+    /// Receives at once, without waiting, into a buffer of its own; `None` if all are in use.
+    /// Errors as recv(2).
+    pub(super) fn receive(&mut self, socket: RawFd) -> Option<Result<Option<Buffer>, Errno>> {
+        let id = self.own.pop()?;
+        let start = self.address(id).cast_mut();
+        // SAFETY: the place is inside the mapping, and nobody has the buffer.
+        let memory = unsafe { std::slice::from_raw_parts_mut(start, BUFFER_BYTES as usize) };
+        let result = recv(socket, memory, MsgFlags::MSG_DONTWAIT);
+        Some(match result {
+            Ok(length @ 1..) => Ok(Some(Buffer::received(id, length as u32))),
+            result => {
+                self.own.push(id);
+                result.map(|_| None)
+            }
+        })
+    }
+
+    /// Sends what is left of `buffer` at once, without waiting. Errors as send(2).
+    pub(super) fn send(
+        &self,
+        socket: RawFd,
+        buffer: &Buffer,
+        flags: MsgFlags,
+    ) -> Result<u32, Errno> {
+        let length = buffer.len() as usize;
+        // SAFETY: the bytes are inside the mapping, and whoever has the buffer has lent it.
+        let bytes = unsafe { std::slice::from_raw_parts(self.bytes(buffer), length) };
+        send(socket, bytes, flags).map(|length| length as u32)
     }
 
     fn provide(&mut self, id: u16) {

@@ -1,34 +1,40 @@
-//! Readiness of many sockets at once: an epoll set that the ring reads.
+//! Readiness of sockets with short messages: an epoll set.
 //!
-//! A wait of a socket's own costs two requests for each message (`Uring::readable`). In a worker
-//! whose turns have many messages, the sockets they come on are in a set instead. The kernel notes
-//! there what something has come for, and one request for all reads it, once a turn, with the
-//! state each socket is in then: also whether an urgent byte is announced.
+//! A wait of a socket's own costs two requests for each message (`Uring::readable`). A socket that
+//! has had some short messages is in a set instead. The kernel notes there what something has come
+//! for, and one epoll_wait(2) for all tells it, once a turn, with the state each socket is in then:
+//! also whether an urgent byte is announced.
 //!
 //! The set reports changes (edge-triggered): what is there already is not reported again. So a
 //! socket is waited for here only after a receive that left nothing in it, and otherwise by a wait
-//! of its own. Both the receives and the reading of the set are done by the thread that enters the
-//! kernel, one after the other, and complete in that order (tests/kernel/reading.rs): a report that
-//! comes before a receive's completion is of bytes that this has taken, one that comes after it is
-//! not. A failure is no byte, and a receive of what came before it does not tell of it: a socket
-//! that is reported to have failed leaves the set.
+//! of its own. The ring tells whether a receive left something. A plain recv(2) does not: if it did
+//! not fill its buffer, it left nothing of what had come before the last report, unless that told
+//! of more than bytes; an urgent byte ends a receive that is before it, and the end of the stream
+//! is left by one that has bytes. What comes after a report is reported anew
+//! (tests/kernel/reading.rs).
+//!
+//! Receives are noted when they are taken from the ring, which is before the set is read: so no
+//! report is of bytes that a receive has taken which is not known yet. A failure is no byte, and a
+//! receive of what came before it does not tell of it: a socket that is reported to have failed
+//! leaves the set.
+//!
+//! A thread that waits for the set does not see what the ring has for it: of that an eventfd in the
+//! set tells, the *bell*; the ring's own descriptor does not.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use io_uring::types::Fd;
-use io_uring::{opcode, squeue};
 use nix::errno::Errno;
-use nix::sys::epoll::{EpollEvent, EpollFlags};
+use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::engine::Token;
 use crate::engine::set::Set;
+use crate::engine::{Sleep, Token};
 use crate::flow::Op;
 use crate::flow::half::BUFFER_BYTES;
-use crate::mostly::Mostly;
 
-/// Names the request that reads the set. No token is encoded so.
-pub(super) const READ: u64 = u64::MAX;
+/// Names the bell in reports. No token is encoded so.
+const BELL: u64 = u64::MAX;
 
 /// Reports taken with one reading, at most and at least; more wait for the next. Between them it is
 /// as many as give each socket the same share (see [`reports`]).
@@ -39,23 +45,19 @@ const REPORTS_MIN: u32 = 16;
 /// entry, and each takes two.
 const APART_IN_TURN: u32 = 10;
 
-/// Receives that make a turn one with many: one alone gains nothing by a reading.
-const MANY_RECEIVES: u32 = 2;
-
 /// Short messages in a row, beside reports that nobody waited for, after which a socket joins the
-/// set: it takes calls, which a connection with one exchange is not to pay.
+/// set: that takes calls, which a connection with one exchange is not to pay.
 const MESSAGES_TO_JOIN: u8 = 4;
 
 /// The most that counts of them. After as many reports that nobody waited for it leaves the set.
 const MESSAGES_MAX: u8 = 8;
 
-/// A reading that has had nothing to report for so many turns is made anew. After 128 wake-ups for
-/// nothing, of which a turn brings one at most, the kernel would give it to a worker of its own.
-const TURNS_TO_READ: u32 = 100;
-
-/// What a set reports of a socket. Failures and the end come without being asked for.
-const EVENTS: EpollFlags =
-    EpollFlags::EPOLLIN.union(EpollFlags::EPOLLPRI).union(EpollFlags::EPOLLET);
+/// What the set reports of a socket: bytes, urgent ones, and the end. Failures come without being
+/// asked for.
+const EVENTS: EpollFlags = EpollFlags::EPOLLIN
+    .union(EpollFlags::EPOLLPRI)
+    .union(EpollFlags::EPOLLRDHUP)
+    .union(EpollFlags::EPOLLET);
 
 /// What must be among the events of a report for something to be there to be read. An urgent byte
 /// may be announced before those that come first.
@@ -88,11 +90,14 @@ struct Place {
     /// The flow's, as far as it tells one from those before it.
     generation: u16,
     state: State,
+    /// The last report told of bytes alone.
+    has_bytes_alone: bool,
     /// See [`MESSAGES_TO_JOIN`].
     messages: u8,
 }
 
-const NOWHERE: Place = Place { fd: -1, generation: 0, state: State::Out, messages: 0 };
+const NOWHERE: Place =
+    Place { fd: -1, generation: 0, state: State::Out, has_bytes_alone: true, messages: 0 };
 
 /// Connections whose places are not moved when there are more. Memory is used as they come.
 const ROOM: usize = 1 << 12;
@@ -102,85 +107,66 @@ pub(super) type Report = (Token, Result<bool, Errno>);
 
 /// A set, and what is known of its sockets.
 pub(super) struct Readiness {
-    /// `None`: the kernel does not read sets in a ring (before Linux 6.15), or has no more.
-    set: Option<Set>,
+    set: Set,
+    bell: EventFd,
     /// By slot and side.
     places: Vec<[Place; 2]>,
-    /// Where the kernel writes reports while [`READ`] is in flight.
+    /// Where the kernel writes reports.
     events: Box<[EpollEvent]>,
-    is_reading: bool,
     /// Requests that wait here.
     awaited: u32,
     /// Requests of flows that wait for something to read elsewhere.
     apart: u32,
-    /// Since the last turn.
-    receives: u32,
-    /// Most receives are made in turns with many.
-    many: Mostly,
-    failure: Option<Errno>,
-    /// Turns that [`READ`] has been in flight.
-    turns_read: u32,
     news: VecDeque<Report>,
 }
 
 impl Readiness {
-    /// `can_read`: the ring reads sets.
-    pub(super) fn new(can_read: bool) -> Self {
-        Self {
-            // Without one, waiting costs more, and works as well.
-            set: can_read.then(Set::new).and_then(Result::ok),
+    /// Errors as epoll_create(2), eventfd(2), epoll_ctl(2).
+    pub(super) fn new() -> Result<Self, Errno> {
+        let mut set = Set::new()?;
+        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        // Edge-triggered: it tells of each time it is rung, and need not be read.
+        set.join(bell.as_raw_fd(), EpollFlags::EPOLLIN | EpollFlags::EPOLLET, BELL)?;
+        Ok(Self {
+            set,
+            bell,
             places: Vec::with_capacity(ROOM),
             events: vec![EpollEvent::empty(); REPORTS].into(),
-            is_reading: false,
             awaited: 0,
             apart: 0,
-            receives: 0,
-            many: Mostly::default(),
-            failure: None,
-            turns_read: 0,
             news: VecDeque::with_capacity(REPORTS),
-        }
+        })
     }
 
-    /// A turn begins. Returns the request to read the set, or to end that, if there is need: to be
-    /// submitted after all others, for what these receive is not to be reported. The engine must
-    /// keep `self` until the ring is gone.
-    ///
-    /// # Errors
-    /// What the last reading failed with. Nothing that is waited for would ever be reported.
-    pub(super) fn turn(&mut self) -> Result<Option<squeue::Entry>, Errno> {
-        let receives = std::mem::take(&mut self.receives);
-        self.many.note_each(receives, receives >= MANY_RECEIVES);
-        if let Some(errno) = self.failure {
-            return Err(errno);
-        }
-        if self.is_reading {
-            self.turns_read += 1;
-            let is_old = self.turns_read.is_multiple_of(TURNS_TO_READ);
-            let cancel = opcode::AsyncCancel::new(READ).build().flags(squeue::Flags::SKIP_SUCCESS);
-            return Ok(is_old.then(|| cancel.user_data(Token::Ignored.encode())));
-        }
-        let Some(set) = self.set.as_ref().filter(|_| self.awaited > 0) else { return Ok(None) };
-        (self.is_reading, self.turns_read) = (true, 0);
-        let events = self.events.as_mut_ptr().cast();
-        let reports = reports(self.awaited, self.apart);
-        let read = opcode::EpollWait::new(Fd(set.as_raw_fd()), events, reports);
-        Ok(Some(read.build().user_data(READ)))
+    /// What the ring rings to end [`Readiness::read`].
+    pub(super) fn bell(&self) -> RawFd {
+        self.bell.as_raw_fd()
     }
 
-    /// [`READ`] has completed: with a number of reports, or a failure.
-    pub(super) fn on_read(&mut self, result: Result<u32, Errno>) {
-        self.is_reading = false;
-        match result {
-            Ok(count) => (0..count as usize).for_each(|index| self.on_report(self.events[index])),
-            Err(Errno::EINTR | Errno::EAGAIN | Errno::ENOMEM | Errno::ECANCELED) => {}
-            Err(errno) => self.failure = Some(errno),
-        }
+    /// Whether a request waits here.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.awaited > 0
+    }
+
+    /// Takes reports, after waiting for them, or for the bell, as long as `sleep` allows. All
+    /// receives that have completed must be known. Errors as epoll_wait(2).
+    pub(super) fn read(&mut self, sleep: Sleep) -> Result<(), Errno> {
+        let timeout = match sleep {
+            Sleep::No => EpollTimeout::ZERO,
+            Sleep::ForMs(ms) => EpollTimeout::try_from(ms).unwrap_or(EpollTimeout::MAX),
+            Sleep::Forever => EpollTimeout::NONE,
+        };
+        let room = reports(self.awaited, self.apart);
+        let count = match self.set.wait(&mut self.events[..room], timeout) {
+            Err(Errno::EINTR) => 0,
+            count => count?,
+        };
+        (0..count).for_each(|index| self.on_report(self.events[index]));
+        Ok(())
     }
 
     /// A receive is made.
     pub(super) fn receiving(&mut self, token: Token, socket: &OwnedFd) {
-        self.receives += 1;
         let Some((index, side, generation)) = position(token) else { return };
         if index >= self.places.len() {
             self.places.resize(index + 1, [NOWHERE; 2]);
@@ -192,19 +178,24 @@ impl Readiness {
         }
     }
 
-    /// It has completed. `more`: the kernel says that it left something.
-    pub(super) fn received(&mut self, token: Token, result: Result<u32, Errno>, more: bool) {
-        // Only TCP says so, and that is what joins the set.
+    /// It has completed. `more`: it left something, as far as is known; `is_told`: the kernel has
+    /// told whether it did.
+    pub(super) fn received(
+        &mut self,
+        token: Token,
+        result: Result<u32, Errno>,
+        more: bool,
+        is_told: bool,
+    ) {
         let is_empty = !more && result.is_ok_and(|length| (1..BUFFER_BYTES).contains(&length));
-        let is_many = self.many.is();
         let Some(place) = self.place(token).filter(|place| place.state != State::Barred) else {
             return;
         };
         place.messages = if is_empty { (place.messages + 1).min(MESSAGES_MAX) } else { 0 };
         place.state = match place.state {
-            State::Out if is_many && place.messages >= MESSAGES_TO_JOIN => return self.join(token),
+            State::Out if place.messages >= MESSAGES_TO_JOIN => return self.join(token),
             State::Out => State::Out,
-            _ if is_empty => State::Empty,
+            _ if is_empty && (is_told || place.has_bytes_alone) => State::Empty,
             _ => State::Unknown,
         };
     }
@@ -224,20 +215,15 @@ impl Readiness {
     }
 
     fn waits_here(&mut self, token: Token, fd: RawFd) -> bool {
-        let is_many = self.many.is();
         let Some(place) = self.place(token).filter(|place| place.fd == fd) else { return false };
         match place.state {
             State::Readable { urgent } => {
                 place.state = State::Unknown;
                 self.news.push_back((token, Ok(urgent)));
             }
-            State::Empty if is_many => {
+            State::Empty => {
                 place.state = State::Awaited;
                 self.awaited += 1;
-            }
-            State::Empty => {
-                self.leave(token);
-                return false;
             }
             _ => return false,
         }
@@ -257,9 +243,7 @@ impl Readiness {
 
     /// The socket is to be closed.
     pub(super) fn forget(&mut self, socket: &OwnedFd) {
-        if let Some(set) = &mut self.set {
-            set.leave(socket.as_raw_fd());
-        }
+        self.set.leave(socket.as_raw_fd());
     }
 
     /// What has come.
@@ -267,17 +251,21 @@ impl Readiness {
         self.news.pop_front()
     }
 
-    /// Whether [`Readiness::next`] has something to tell.
-    pub(super) fn has_news(&self) -> bool {
-        !self.news.is_empty()
+    /// How often [`Readiness::next`] has something to tell.
+    pub(super) fn news(&self) -> usize {
+        self.news.len()
     }
 
     fn on_report(&mut self, event: EpollEvent) {
+        if event.data() == BELL {
+            return;
+        }
         // The name of whoever joined. That flow may be gone, and its slot another's by now.
         let token = Token::decode(event.data());
         let events = event.events();
         let urgent = events.contains(EpollFlags::EPOLLPRI);
         let Some(place) = self.place(token) else { return };
+        place.has_bytes_alone = events == EpollFlags::EPOLLIN;
         let mut leaves = events.intersects(FAILED);
         match place.state {
             _ if !events.intersects(READABLE) => {}
@@ -300,9 +288,7 @@ impl Readiness {
         let Some(place) = self.place(token) else { return };
         (place.state, place.messages) = (State::Out, 0);
         let fd = place.fd;
-        if let Some(set) = &mut self.set {
-            set.leave(fd);
-        }
+        self.set.leave(fd);
     }
 
     fn tell(&mut self, token: Token, result: Result<bool, Errno>) {
@@ -313,18 +299,18 @@ impl Readiness {
         self.news.push_back((token, result));
     }
 
-    /// Has what comes reported. It takes memory, and there is a limit (epoll(7)); other sockets
-    /// than TCP's do not tell whether a receive left something.
+    /// Has what comes, and what is there, reported. It takes memory, and there is a limit
+    /// (epoll(7)). Only plain TCP gives a receive all that it has.
     fn join(&mut self, token: Token) {
         let Token::Flow { index, generation, op } = token else { return };
         let (Some(side), Some(&mut Place { fd, .. })) = (op.side(), self.place(token)) else {
             return;
         };
         let name = Token::Flow { index, generation, op: Op::Readable(side) }.encode();
-        let set = self.set.as_mut().filter(|_| crate::sys::is_tcp(fd));
-        let has_joined = set.is_some_and(|set| set.join(fd, EVENTS, name).is_ok());
+        let has_joined = crate::sys::is_plain_tcp(fd) && self.set.join(fd, EVENTS, name).is_ok();
         if let Some(place) = self.place(token) {
             place.state = if has_joined { State::Empty } else { State::Barred };
+            place.has_bytes_alone = true;
         }
     }
 
@@ -332,7 +318,7 @@ impl Readiness {
     fn place(&mut self, token: Token) -> Option<&mut Place> {
         let (index, side, generation) = position(token)?;
         let place = &mut self.places.get_mut(index)?[side];
-        let is_member = self.set.as_ref().is_some_and(|set| set.has(place.fd));
+        let is_member = self.set.has(place.fd);
         if !is_member && place.state != State::Barred {
             // Its socket was closed: what is known is of a flow long ago.
             place.state = State::Out;
@@ -344,9 +330,9 @@ impl Readiness {
 /// How many reports a reading takes: as great a share of the requests that wait here as a turn
 /// tells of those that wait apart. Else these would be left behind, for the others are served in
 /// each turn.
-fn reports(awaited: u32, apart: u32) -> u32 {
+fn reports(awaited: u32, apart: u32) -> usize {
     let fair = awaited.saturating_mul(APART_IN_TURN) / apart.max(1);
-    fair.clamp(REPORTS_MIN, REPORTS as u32)
+    fair.clamp(REPORTS_MIN, REPORTS as u32) as usize
 }
 
 /// Slot, side, and the low bits of the generation.
@@ -370,7 +356,7 @@ mod tests {
 
     #[test]
     fn only_flows_that_wait_apart_count_until_they_are_told() {
-        let mut readiness = Readiness::new(false);
+        let mut readiness = Readiness::new().expect("a set");
         let (socket, _) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
         let socket = OwnedFd::from(socket);
         for token in [Token::Command, Token::Handoff, Token::Command] {

@@ -56,13 +56,6 @@ pub fn probe() -> Result<(), Refusal> {
     ring.submit().map(drop).map_err(Refusal::to("use a ring"))
 }
 
-/// Whether the ring reads sets of epoll's: since Linux 6.15.
-pub(super) fn can_read_sets(ring: &IoUring) -> bool {
-    let mut known = Probe::new();
-    ring.submitter().register_probe(&mut known).is_ok()
-        && known.is_supported(opcode::EpollWait::CODE)
-}
-
 /// The kernel does not do something with a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {
