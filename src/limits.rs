@@ -6,8 +6,8 @@ use crate::error::{Error, Kind, Result};
 
 /// Descriptors of a connection: its two sockets.
 const PER_CONNECTION: u64 = 2;
-/// Of a worker: the two of its engine, its two ends of eventfds, its listening socket, its channel.
-const PER_WORKER: u64 = 6;
+/// Of a worker: the three of its engine, its two ends of a pipe, its listening socket, its channel.
+const PER_WORKER: u64 = 7;
 /// Of a process, besides what is open before the fork: channels, and what opens for a moment.
 const SPARE: u64 = 8;
 /// The share of all descriptors that is left to pipes, if the number of connections is not given.
@@ -106,14 +106,14 @@ mod tests {
 
     #[test]
     fn what_can_be_had_is_shared_out() {
-        // 64 - 10 - 8 - 12 = 34, of which 4 for pipes.
+        // 64 - 10 - 8 - 14 = 32, of which 4 for pipes.
         let limits = Limits::new(64, 10, 2, None).expect("enough");
-        assert_eq!(limits, Limits { connections: vec![8, 7], pipes: 1 });
+        assert_eq!(limits, Limits { connections: vec![7, 7], pipes: 1 });
         let many = Limits::new(1 << 20, 10, 2, None).expect("enough");
-        assert_eq!(many.connections.iter().sum::<u32>(), 491_505);
+        assert_eq!(many.connections.iter().sum::<u32>(), 491_504);
         // What is common for a service: it is to carry 9,000 connections, with pipes left.
         let common = Limits::new(20_000, 10, 2, None).expect("enough");
-        assert_eq!((common.connections, common.pipes), (vec![4680, 4680], 312));
+        assert_eq!((common.connections, common.pipes), (vec![4680, 4679], 312));
     }
 
     #[test]
@@ -128,13 +128,13 @@ mod tests {
     fn what_is_asked_for_is_given_or_refused() {
         let limits = Limits::new(1024, 10, 3, Some(100)).expect("enough");
         assert_eq!(limits.connections, [34, 33, 33]);
-        assert_eq!(limits.pipes, (1024 - 10 - 8 - 18 - 200) / 2 / 3);
+        assert_eq!(limits.pipes, (1024 - 10 - 8 - 21 - 200) / 2 / 3);
         let few = Limits::new(1024, 10, 4, Some(2)).expect("enough");
         assert_eq!(few.connections, [1, 1, 0, 0]);
         let error = Limits::new(1024, 10, 3, Some(500)).expect_err("too many");
         assert_eq!(error.kind(), Kind::Kernel);
         assert!(
-            error.to_string().starts_with("--max-connections 500: 1036 descriptors"),
+            error.to_string().starts_with("--max-connections 500: 1039 descriptors"),
             "{error}"
         );
         assert!(Limits::new(20, 10, 1, None).is_err());

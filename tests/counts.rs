@@ -341,6 +341,23 @@ fn calls_per_message(
 }
 
 #[test]
+fn a_message_that_is_alone_takes_three_calls() {
+    let Some(strace) = find_program("strace") else {
+        skip!("no strace in PATH: scripts/install-test-peers installs it");
+    };
+    namespaces!(clients, targets);
+    let engine = [("--engine", "uring")];
+    let calls = calls_per_message(strace, &clients, &targets, &engine);
+    let count = |name: &str| calls.get(name).copied().unwrap_or(0.0);
+    // The first four messages on each side, the connection itself, and a wait for the ring's sake.
+    for name in ["recvfrom", "sendto", "epoll_wait"] {
+        assert!((0.9..1.1).contains(&count(name)), "{calls:?}");
+    }
+    let others = calls.values().sum::<f64>() - 3.0;
+    assert!(others < 0.3, "{calls:?}");
+}
+
+#[test]
 fn limits_of_time_cost_nothing_for_a_message() {
     /// For a connection, and for a tick of the clock, which is a second here: not for a message.
     const FEW: f64 = 0.05;

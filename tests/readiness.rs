@@ -511,7 +511,7 @@ fn a_unix_domain_socket_is_waited_for_by_itself() {
             worker.wait_for(slot);
             assert_eq!(worker.told(slot), Ok(false));
             assert_eq!(worker.receive(slot).0, Ok(Some(5)));
-            // So that the worker stays a busy one.
+            // Those of the set go on as before.
             for (other, far) in far.iter_mut().enumerate() {
                 worker.wait_for(other);
                 far.write_all(&MESSAGE).unwrap();

@@ -30,7 +30,7 @@ use std::sync::OnceLock;
 use support::{Program, namespaces, skip};
 use wire::others::Other;
 use wire::rows::{Row, Seen, rows};
-use wire::stage::{BUSY_NSPLICE, NSPLICE, NSPLICE_ON_EPOLL, Stage, Way};
+use wire::stage::{NSPLICE, NSPLICE_ON_EPOLL, NSPLICE_THAT_TALKED, Stage, Way};
 use wire::table::{Column, difference, names_on, page, play_direct, play_through};
 
 /// The rows to play: all, or those whose name contains `NSPLICE_WIRE_ROW`.
@@ -91,7 +91,7 @@ fn assert_same(way: Way) {
 }
 
 mod is_the_same_through {
-    use super::{BUSY_NSPLICE, NSPLICE, NSPLICE_ON_EPOLL, assert_same};
+    use super::{NSPLICE, NSPLICE_ON_EPOLL, NSPLICE_THAT_TALKED, assert_same};
 
     #[test]
     fn auto_with_the_socket_handed_over() {
@@ -125,7 +125,7 @@ mod is_the_same_through {
 
     #[test]
     fn auto_in_a_busy_worker() {
-        assert_same(BUSY_NSPLICE);
+        assert_same(NSPLICE_THAT_TALKED);
     }
 
     #[test]

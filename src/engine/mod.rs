@@ -185,7 +185,8 @@ pub enum Sleep {
     Forever,
 }
 
-/// What a worker needs of the kernel. Requests take effect at the next [`Engine::wait`].
+/// What a worker needs of the kernel. Requests take effect at the next [`Engine::wait`] at the
+/// latest.
 pub trait Engine {
     /// A socket; dropping it closes it.
     type Socket;

@@ -164,7 +164,7 @@ impl Start for Uring {
             busy_poll: Duration::from_micros(setup.busy_poll_us.into()),
             enter_flags: waiting::enter_flags(no_iowait),
         };
-        engine.ring.completion().disable_eventfd();
+        engine.disable_bell();
         Ok(engine)
     }
 }
@@ -191,8 +191,8 @@ impl Engine for Uring {
     }
 
     fn recv(&mut self, token: Token, socket: &OwnedFd) {
-        self.readiness.receiving(token, socket);
-        if self.are_few && self.receive_at_once(token, socket) {
+        let is_in_set = self.readiness.receiving(token, socket);
+        if self.are_few && is_in_set && self.receive_at_once(token, socket) {
             return;
         }
         let entry = opcode::Recv::new(fd(socket), std::ptr::null_mut(), BUFFER_BYTES)

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
@@ -16,7 +17,6 @@ use nix::sys::socket::{
 
 use super::end::{End, LIMIT};
 use super::others::Other;
-use crate::support::streams::send_at_once;
 use crate::support::{Forwarder, Launch, Netns, Program};
 
 /// What lies between client and server.
@@ -29,8 +29,8 @@ pub enum Way {
         engine: Option<&'static str>,
         transfer: &'static str,
         handoff: &'static str,
-        /// Its only worker has many short messages, and this connection has had some.
-        is_busy: bool,
+        /// The connection has had some short messages.
+        has_talked: bool,
     },
     /// netns_tcp_bridge.
     Reference,
@@ -55,22 +55,19 @@ pub const NSPLICE_ON_EPOLL: [Way; 3] = [
     nsplice(Some("epoll"), "splice", "socket"),
 ];
 
-/// A busy io_uring worker waits for its sockets in another way (`tests/readiness.rs`).
-pub const BUSY_NSPLICE: Way =
-    Way::Nsplice { engine: None, transfer: "auto", handoff: "socket", is_busy: true };
+/// io_uring workers wait for such sockets in another way (`tests/readiness.rs`).
+pub const NSPLICE_THAT_TALKED: Way =
+    Way::Nsplice { engine: None, transfer: "auto", handoff: "socket", has_talked: true };
 
 const fn nsplice(
     engine: Option<&'static str>,
     transfer: &'static str,
     handoff: &'static str,
 ) -> Way {
-    Way::Nsplice { engine, transfer, handoff, is_busy: false }
+    Way::Nsplice { engine, transfer, handoff, has_talked: false }
 }
 
-/// Connections beside that of a script, if the worker is to be busy.
-const CROWD: usize = 8;
-/// Rounds of messages on all of them, both ways, after which it is, and has seen enough of the
-/// script's.
+/// Short messages each way after which a connection has had enough of them.
 const ROUNDS: usize = 12;
 
 /// A listening server, and how clients reach it.
@@ -80,8 +77,6 @@ pub struct Route {
     pub address: SocketAddr,
     pub clients: Netns,
     forwarder: Option<Between>,
-    /// Clients and servers of other connections.
-    crowd: Vec<(TcpStream, TcpStream)>,
 }
 
 /// A running forwarder.
@@ -115,19 +110,15 @@ impl Stage {
         let route = cached.unwrap_or_else(|| {
             let listener = self.targets.listen("127.0.0.1:0");
             set_receive_buffer(&listener, receive_bytes);
-            let mut route = self.route_to(Ok(listener));
-            if let Way::Nsplice { is_busy: true, .. } = self.way {
-                let crowd =
-                    (0..CROWD).filter_map(|_| Some((route.connect(None).ok()?, route.accept()?)));
-                route.crowd = crowd.collect();
-            }
-            let route = Rc::new(route);
+            let route = Rc::new(self.route_to(Ok(listener)));
             self.routes.borrow_mut().insert(receive_bytes, route.clone());
             route
         });
         let client = route.connect(receive_bytes).ok()?;
         let server = route.accept()?;
-        route.keep_busy(&client, &server);
+        if let Way::Nsplice { has_talked: true, .. } = self.way {
+            talk(&client, &server);
+        }
         let given_up = Arc::new(AtomicBool::new(false));
         let end = |stream, side| End::new(stream, side, given_up.clone()).with_stall(stall);
         Some((end(client, 0), end(server, 1)))
@@ -150,8 +141,7 @@ impl Stage {
             Some(Between::Ours(forwarder)) => forwarder.address(),
             Some(Between::Other(running)) => running.address,
         };
-        let (clients, crowd) = (self.clients.clone(), Vec::new());
-        Route { listener, address, clients, forwarder, crowd }
+        Route { listener, address, clients: self.clients.clone(), forwarder }
     }
 
     fn forwarder_to(&self, target: SocketAddr) -> Option<Between> {
@@ -159,9 +149,10 @@ impl Stage {
             Way::Direct => return None,
             Way::Other(other) => return Some(Between::Other(other.start(&self.targets, target))),
             Way::Reference => Launch::new(Program::Reference),
-            Way::Nsplice { engine, transfer, handoff, is_busy } => {
+            Way::Nsplice { engine, transfer, handoff, has_talked } => {
                 let launch = Launch::nsplice();
-                let launch = if is_busy { launch.option("--workers", "1") } else { launch };
+                // It is not to go to another one.
+                let launch = if has_talked { launch.option("--workers", "1") } else { launch };
                 let launch = launch.option("--transfer", transfer).option("--handoff", handoff);
                 engine.into_iter().fold(launch, Launch::engine)
             }
@@ -185,6 +176,17 @@ impl Stage {
     }
 }
 
+/// Sends short messages there and back.
+fn talk(mut client: &TcpStream, mut server: &TcpStream) {
+    let mut message = [7; 64];
+    for _ in 0..ROUNDS {
+        client.write_all(&message).unwrap();
+        server.read_exact(&mut message).unwrap();
+        server.write_all(&message).unwrap();
+        client.read_exact(&mut message).unwrap();
+    }
+}
+
 impl Route {
     /// Connects a client; only the attempt is waited for.
     pub fn connect(&self, receive_bytes: Option<usize>) -> Result<TcpStream, nix::errno::Errno> {
@@ -194,22 +196,6 @@ impl Route {
             connect(&socket, self.address)?;
             Ok(socket.into())
         })
-    }
-
-    /// Has the worker do with many messages in a turn, of which this connection has some.
-    fn keep_busy(&self, client: &TcpStream, server: &TcpStream) {
-        let Some(Between::Ours(forwarder)) =
-            self.forwarder.as_ref().filter(|_| !self.crowd.is_empty())
-        else {
-            return;
-        };
-        let connector = forwarder.connector();
-        let others = self.crowd.iter().map(|(client, server)| (client, server));
-        let pairs: Vec<_> = others.chain([(client, server)]).collect();
-        for _ in 0..ROUNDS {
-            send_at_once(&connector, pairs.iter().copied());
-            send_at_once(&connector, pairs.iter().map(|&(client, server)| (server, client)));
-        }
     }
 
     /// Begins to connect a client. Through a forwarder that succeeds, whatever the target does.

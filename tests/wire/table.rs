@@ -195,7 +195,7 @@ and no wait of 150 ms or more, or of 35 ms where a heading says so, where there 
 (a row in which there is one is played twice more, and neither may have one). nsplice is in six
 columns, `--transfer` auto, copy and splice with `--handoff` socket and connections, told
 as one where they agree, and with `--engine epoll` in three, one for each `--transfer`. `cargo test
---test wire` plays all rows through nsplice, once more in a worker that is busy with short messages,
+--test wire` plays all rows through nsplice, once more on connections that have had short messages,
 and fails where it is not the same.
 
 In a cell, `1000 bytes, ECONNRESET` is one reading: 1000 bytes of the right content, then the error;
@@ -209,8 +209,8 @@ little smaller than a packet can hold up the end of a message of some hundred Ki
 window probe; seen in one of some ten to thirty thousand exchanges of 160 to 395 KB in writes of
 4 KiB, and not where packets are smaller.
 
-One thing is left to chance, and was never seen: a busy io_uring worker, and epoll, ask for a socket's
-state once. The kernel reads first whether an urgent byte is announced, then whether there is anything:
+One thing is left to chance, and was never seen: io_uring workers, of connections with short messages,
+and epoll ask for a socket's state once. The kernel reads first whether an urgent byte is announced, then whether there is anything:
 an urgent byte that reaches an empty socket in the nanoseconds between would pass as another.
 
 ";

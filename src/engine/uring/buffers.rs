@@ -1,7 +1,8 @@
 //! The buffers a ring receives into: one mapping, handed to the kernel piece by piece.
 //!
 //! The kernel takes a buffer only when there is something to receive ("provided buffers"), so
-//! an idle connection has none. Buffers that were never needed are address space, not memory.
+//! an idle connection has none. Buffers that were never needed are address space, not memory. A few
+//! are not handed to it: what is received at once goes there.
 
 #![allow(unsafe_code)]
 

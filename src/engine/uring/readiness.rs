@@ -165,9 +165,9 @@ impl Readiness {
         Ok(())
     }
 
-    /// A receive is made.
-    pub(super) fn receiving(&mut self, token: Token, socket: &OwnedFd) {
-        let Some((index, side, generation)) = position(token) else { return };
+    /// A receive is made. Returns whether the socket is in the set.
+    pub(super) fn receiving(&mut self, token: Token, socket: &OwnedFd) -> bool {
+        let Some((index, side, generation)) = position(token) else { return false };
         if index >= self.places.len() {
             self.places.resize(index + 1, [NOWHERE; 2]);
         }
@@ -176,18 +176,18 @@ impl Readiness {
         if (place.fd, place.generation) != (fd, generation) {
             *place = Place { fd, generation, ..NOWHERE };
         }
+        self.set.has(fd)
     }
 
-    /// It has completed. `more`: it left something, as far as is known; `is_told`: the kernel has
-    /// told whether it did.
+    /// It has completed. `left`: whether it left something, if that is known.
     pub(super) fn received(
         &mut self,
         token: Token,
         result: Result<u32, Errno>,
-        more: bool,
-        is_told: bool,
+        left: Option<bool>,
     ) {
-        let is_empty = !more && result.is_ok_and(|length| (1..BUFFER_BYTES).contains(&length));
+        let is_short = result.is_ok_and(|length| (1..BUFFER_BYTES).contains(&length));
+        let is_empty = is_short && left != Some(true);
         let Some(place) = self.place(token).filter(|place| place.state != State::Barred) else {
             return;
         };
@@ -195,7 +195,7 @@ impl Readiness {
         place.state = match place.state {
             State::Out if place.messages >= MESSAGES_TO_JOIN => return self.join(token),
             State::Out => State::Out,
-            _ if is_empty && (is_told || place.has_bytes_alone) => State::Empty,
+            _ if is_empty && (left.is_some() || place.has_bytes_alone) => State::Empty,
             _ => State::Unknown,
         };
     }

@@ -33,7 +33,7 @@ pub(super) fn build_ring(entries: u32) -> io::Result<IoUring> {
         .setup_single_issuer()
         // ... and runs its deferred work when the thread asks for it, not by interrupting it.
         .setup_defer_taskrun()
-        // It can see in the ring that there is some (`Uring::spin`).
+        // It can see in the ring that there is some (`Uring::must_enter`).
         .setup_taskrun_flag()
         // A failed entry does not hold up those behind it.
         .setup_submit_all()

@@ -14,7 +14,7 @@ use nix::libc;
 
 use super::setup::{decode_result, errno_of};
 use super::{Uring, timespec};
-use crate::engine::{Buffer, Completion, Outcome, Sleep, Token};
+use crate::engine::{Buffer, Completion, Engine, Outcome, Sleep, Token};
 use crate::flow::Op;
 use crate::flow::half::BUFFER_BYTES;
 
@@ -22,6 +22,10 @@ use crate::flow::half::BUFFER_BYTES;
 const ENTER_GETEVENTS: u32 = 1 << 0;
 const ENTER_EXT_ARG: u32 = 1 << 3;
 const ENTER_NO_IOWAIT: u32 = 1 << 7;
+
+/// Entries that surely run all tasks of a few waits: one runs twenty, a wait is two, and what they
+/// bring ends the need for more.
+const SETTLING_ENTRIES: usize = 4;
 
 /// Of an entry that takes what has completed. `no_iowait`: the kernel can wait without telling that
 /// the CPU waits for a disk.
@@ -35,7 +39,7 @@ impl Uring {
         for entry in self.ring.completion() {
             if let token @ Token::Flow { op: Op::Recv(_), .. } = Token::decode(entry.user_data()) {
                 let more = cqueue::sock_nonempty(entry.flags());
-                self.readiness.received(token, decode_result(entry.result()), more, true);
+                self.readiness.received(token, decode_result(entry.result()), Some(more));
             }
             self.inbox.push_back(entry);
         }
@@ -74,7 +78,7 @@ impl Uring {
 
     /// How much there is to hand on.
     pub(super) fn told(&self) -> usize {
-        self.inbox.len() + self.readiness.news()
+        self.inbox.len() + self.readiness.news() + self.done.len()
     }
 
     /// `sleep`, unless there is something to hand on.
@@ -86,6 +90,34 @@ impl Uring {
     pub(super) fn must_enter(&mut self) -> bool {
         let queue = self.ring.submission();
         !queue.is_empty() || queue.taskrun() || queue.cq_overflow()
+    }
+
+    /// Enters the kernel while there is need and nothing to hand on.
+    fn settle(&mut self) -> Result<(), Errno> {
+        for _ in 0..SETTLING_ENTRIES {
+            if !self.must_enter() {
+                return Ok(());
+            }
+            self.enter(Sleep::No)?;
+            if self.told() > 0 {
+                return Ok(());
+            }
+        }
+        if self.ring.submission().taskrun() {
+            // The kernel lowers the flag only when it begins with tasks, and may run one that was
+            // added since: then the flag stays raised until there is another. So there is one.
+            self.pause(Token::Ignored, 0);
+        }
+        Ok(())
+    }
+
+    /// A disabled bell costs a completion nothing. Only where storing to memory that the kernel
+    /// reads, and loading what it has stored, are kept in order on its side, too, is it sure to
+    /// be seen that it is enabled again.
+    pub(super) fn disable_bell(&mut self) {
+        if cfg!(target_arch = "x86_64") {
+            self.ring.completion().disable_eventfd();
+        }
     }
 
     pub(super) fn wait_for_ring(&mut self, sleep: Sleep) -> Result<(), Errno> {
@@ -103,9 +135,7 @@ impl Uring {
     }
 
     pub(super) fn wait_for_set(&mut self, sleep: Sleep) -> Result<(), Errno> {
-        if self.must_enter() {
-            self.enter(Sleep::No)?;
-        }
+        self.settle()?;
         let sleep = self.sleep_unless_told(sleep);
         if sleep == Sleep::No {
             return self.readiness.read(sleep);
@@ -121,12 +151,9 @@ impl Uring {
         fence(Ordering::SeqCst);
         let is_due = self.told() > 0 || self.must_enter();
         let result = self.readiness.read(if is_due { Sleep::No } else { sleep });
-        self.ring.completion().disable_eventfd();
+        self.disable_bell();
         result?;
-        if self.told() == 0 && self.must_enter() {
-            self.enter(Sleep::No)?;
-        }
-        Ok(())
+        if self.told() == 0 { self.settle() } else { Ok(()) }
     }
 
     /// Receives now: a call for one of a few messages costs less than a request and its share of an
@@ -137,10 +164,63 @@ impl Uring {
             Ok(buffer) => Ok(buffer.as_ref().map_or(0, Buffer::len)),
             Err(errno) => Err(*errno),
         };
+        // It is not asked what a short receive has left: `Readiness` need not know.
         let is_full = length == Ok(BUFFER_BYTES);
-        let more = is_full && crate::sys::unread(socket).unwrap_or(0) > 0;
-        self.readiness.received(token, length, more, false);
+        let left = is_full.then(|| crate::sys::unread(socket).unwrap_or(0) > 0);
+        self.readiness.received(token, length, left);
+        let more = left == Some(true);
         self.done.push_back(Completion { token, outcome: Outcome::Received { result, more } });
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+    use crate::config::SocketOptions;
+    use crate::engine::{Setup, Start};
+
+    /// From the kernel's `io_uring.h`.
+    const SQ_TASKRUN: u32 = 1 << 2;
+    /// Where `io_uring_params` has the place of the flags in what a ring shares with its program.
+    const FLAGS_PLACE: usize = 56;
+
+    /// The flags of a ring, as the kernel writes them.
+    fn flags(engine: &Uring) -> &'static AtomicU32 {
+        let mut params = [0_u32; 30];
+        // SAFETY: this is as large as io_uring_params; the ring that is made to ask where the flags
+        // are is closed at the end of the test; the mapping has them and stays for ever.
+        unsafe {
+            let fd = libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr());
+            assert!(fd >= 0);
+            libc::close(fd as i32);
+            let place = params[FLAGS_PLACE / 4] as usize;
+            let (access, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+            let fd = engine.ring.as_raw_fd();
+            let start = libc::mmap(std::ptr::null_mut(), 4096, access, shared, fd, 0);
+            assert_ne!(start, libc::MAP_FAILED);
+            &*start.cast::<u8>().add(place).cast()
+        }
+    }
+
+    #[test]
+    fn a_flag_that_stays_raised_is_lowered() {
+        let mut engine = Uring::start(&Setup {
+            target: None,
+            sockets: SocketOptions::default(),
+            pipe_size_bytes: 1 << 20,
+            pipes: 1,
+            busy_poll_us: 0,
+        })
+        .expect("a ring");
+        flags(&engine).fetch_or(SQ_TASKRUN, Ordering::SeqCst);
+        assert!(engine.must_enter());
+        for _ in 0..3 {
+            engine.wait_for_set(Sleep::ForMs(5)).expect("a wait");
+            while engine.completion().is_some() {}
+        }
+        assert!(!engine.must_enter(), "the worker spins");
     }
 }
