@@ -26,7 +26,7 @@ mod slot;
 use accepting::ACCEPT_PAUSE;
 pub use clock::Clock;
 pub use moving::Moved;
-use slot::{Record, Slot, Tenant, describe, display};
+use slot::{ROOM, Record, Slot, Tenant, describe, display};
 
 /// What a worker is to do with connections.
 #[derive(Clone, Debug)]
@@ -111,7 +111,7 @@ impl<E: Engine> Worker<E> {
             settings,
             log,
             stats: Stats::default(),
-            slots: Vec::new(),
+            slots: Vec::with_capacity(ROOM),
             free: Vec::new(),
             waiting: VecDeque::new(),
             yielded: VecDeque::new(),

@@ -126,7 +126,7 @@ impl Uring {
                 match result {
                     // More buffers can be had: to be tried again. Not EAGAIN, which would say that
                     // a readable socket had nothing to receive.
-                    Err(Errno::ENOBUFS) if self.buffers.grow() => Err(Errno::EINTR),
+                    Err(Errno::ENOBUFS) if self.buffers.promise() => Err(Errno::EINTR),
                     _ => result.map(|_| None),
                 }
             }
@@ -335,6 +335,7 @@ impl Engine for Uring {
             // From its beginning again: what is used is what is needed at a time.
             self.inbox.clear();
         }
+        self.buffers.turn();
         self.take();
         if self.readiness.is_awaited() {
             self.wait_for_set(sleep)?;

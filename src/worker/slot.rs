@@ -10,6 +10,9 @@ use crate::engine::{Buffer, Engine, Outcome, Token};
 use crate::flow::{End, Event, Flow, Limit, Op, Question, Side};
 use crate::stats::Stats;
 
+/// Slots that are not moved when there are more. Memory is used as they come.
+pub(super) const ROOM: usize = 1 << 12;
+
 /// A place for a flow.
 pub(super) struct Slot<E: Engine> {
     /// How many flows have been here, to tell their late completions from this one's.
@@ -199,5 +202,19 @@ pub(super) fn describe(end: End) -> String {
             let who = if side == Side::Listen { "client" } else { "target" };
             format!("{who} failed: {errno:?}: {}", errno.desc())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::epoll::Epoll;
+    use crate::engine::uring::Uring;
+
+    /// With what engines keep of a connection and what is left of a page, less than 512 bytes.
+    #[test]
+    fn a_slot_is_small() {
+        assert!(size_of::<Slot<Uring>>() <= 224);
+        assert!(size_of::<Slot<Epoll>>() <= 224);
     }
 }

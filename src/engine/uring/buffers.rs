@@ -26,9 +26,10 @@ const MAX_BUFFERS: u16 = 8192;
 /// Buffers besides those, which the kernel is not given: for receives that are made at once.
 const OWN_BUFFERS: u16 = 8;
 
-/// Buffers provided at the start, and again whenever the kernel runs out of them. Few, because
-/// the kernel uses them in turn: all that are provided take memory, and pass through the cache.
-const STEP_BUFFERS: u16 = 16;
+/// Buffers provided at the start, and again for each so many receives that found none in a turn.
+/// Few, because the kernel uses them in turn: all that are provided take memory, and pass through
+/// the cache.
+const STEP_BUFFERS: u16 = 8;
 
 /// The buffer group's number in its ring; a ring has only one.
 pub(super) const GROUP: u16 = 0;
@@ -66,6 +67,8 @@ pub(super) struct Buffers {
     tail: u16,
     /// Buffers the kernel has been given for the first time.
     provided: u16,
+    /// Those of them that are there for receives which found none in this turn.
+    promised: u16,
     /// Those of the others that nobody has. The last is taken first: it is still in the cache.
     own: Vec<u16>,
 }
@@ -76,7 +79,7 @@ impl Buffers {
         let memory = Mapping::new(count * BUFFER_BYTES as usize)?;
         let entries = Mapping::new(usize::from(MAX_BUFFERS) * size_of::<BufRingEntry>())?;
         let own = (MAX_BUFFERS..MAX_BUFFERS + OWN_BUFFERS).rev().collect();
-        Ok(Self { memory, entries, tail: 0, provided: 0, own })
+        Ok(Self { memory, entries, tail: 0, provided: 0, promised: 0, own })
     }
 
     /// Makes them known to `ring`. They must outlive it.
@@ -88,14 +91,30 @@ impl Buffers {
         Ok(())
     }
 
-    /// Provides more buffers; false if all there can be are in use.
-    pub(super) fn grow(&mut self) -> bool {
+    /// Provides a buffer for a receive that found none, when it is tried again; false if all there
+    /// can be are in use.
+    pub(super) fn promise(&mut self) -> bool {
+        if self.promised == 0 {
+            self.promised = self.grow();
+        }
+        let has_any = self.promised > 0;
+        self.promised -= u16::from(has_any);
+        has_any
+    }
+
+    /// Those that found none in the last turn find one in this.
+    pub(super) fn turn(&mut self) {
+        self.promised = 0;
+    }
+
+    /// Returns how many more there are.
+    fn grow(&mut self) -> u16 {
         let more = STEP_BUFFERS.min(MAX_BUFFERS - self.provided);
         for id in self.provided..self.provided + more {
             self.provide(id);
         }
         self.provided += more;
-        more > 0
+        more
     }
 
     /// Gives a buffer back to where it is from.
