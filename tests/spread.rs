@@ -10,10 +10,8 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
-use nix::unistd::Pid;
 use nsplice::config::SocketOptions;
 use nsplice::engine::epoll::Epoll;
 use nsplice::engine::{Engine, Setup, Sleep, Start, Token};
@@ -29,10 +27,9 @@ const CONNECTIONS: usize = 24;
 /// Exchanges after which a connection has been moved, if it is.
 const EXCHANGES: u8 = 24;
 
-/// Whether there is more than one worker, unless their number is given.
-fn has_two_cpus() -> bool {
-    let cpus = sched_getaffinity(Pid::from_raw(0)).unwrap();
-    (0..CpuSet::count()).filter(|&cpu| cpus.is_set(cpu).unwrap()).count() > 1
+/// How many workers there are, unless their number is given.
+fn cpus() -> usize {
+    Process::of(std::process::id() as i32).unwrap().cpus().len()
 }
 
 struct Pair {
@@ -106,7 +103,7 @@ fn assert_complete(summary: &Value) {
 
 #[test]
 fn connections_that_copy_are_brought_together() {
-    if !has_two_cpus() {
+    if cpus() == 1 {
         skip!("one CPU, so there is one worker");
     }
     namespaces!(clients, targets);
@@ -145,7 +142,7 @@ fn connections_that_copy_are_brought_together() {
 
 #[test]
 fn connections_that_splice_are_shared_evenly() {
-    if !has_two_cpus() {
+    if cpus() == 1 {
         skip!("one CPU, so there is one worker");
     }
     namespaces!(clients, targets);
@@ -286,23 +283,41 @@ fn there_are_never_more_connections_than_there_may_be() {
     }
 }
 
+/// Which of the workers has a connection: the one that wakes for it, while nothing else happens.
+fn worker_of(pair: &mut Pair, workers: &[Process]) -> usize {
+    let slept = || workers.iter().map(Process::voluntary_switches);
+    let before: Vec<_> = slept().collect();
+    for salt in 0..3 {
+        pair.exchange(salt);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let woken = slept().zip(before).map(|(now, before)| now - before);
+    woken.enumerate().max_by_key(|&(_, count)| count).unwrap().0
+}
+
 #[test]
 fn a_worker_that_gave_a_connection_away_has_room_for_another() {
-    namespaces!(clients, targets);
-    // Three for each of two workers: in every twentieth round all that stay are of the second one.
-    let (forwarder, server) = start(&clients, &targets, &["--max-connections", "6"]);
-    let open = || Pair::open(&clients, &forwarder, &server);
-    for _ in 0..100 {
-        let [first, second, third, ..] = [open(), open(), open(), open(), open(), open()];
-        let mut pairs = vec![first, second, third];
-        exchange_all(&mut pairs);
-        pairs.extend([open(), open(), open()]);
-        pairs.iter_mut().for_each(|pair| pair.exchange(1));
+    if cpus() == 1 {
+        skip!("one CPU, so there is one worker");
     }
+    namespaces!(clients, targets);
+    // Each worker has room for eight.
+    let most = 8 * cpus();
+    let (forwarder, server) = start(&clients, &targets, &["--max-connections", &most.to_string()]);
+    let open = || Pair::open(&clients, &forwarder, &server);
+    let thread = |index| forwarder.connector().thread(&format!("worker-{index}"));
+    let workers: Vec<_> = (0..).map_while(thread).collect();
+    let pairs: Vec<_> = (0..most).map(|_| open()).collect();
+    // Those of the first worker end: it has room for four that copy with others.
+    let is_elsewhere = |mut pair| (worker_of(&mut pair, &workers) > 0).then_some(pair);
+    let mut stay: Vec<_> = pairs.into_iter().filter_map(is_elsewhere).collect();
+    assert_eq!(stay.len(), most - 8);
+    exchange_all(&mut stay);
+    stay.extend((0..8).map(|_| open()));
+    stay.iter_mut().for_each(|pair| pair.exchange(1));
     let exit = forwarder.stop();
     exit.assert_clean();
-    let moves = exit.summary()["moves"].as_u64().unwrap();
-    assert!(moves > 0 || !has_two_cpus(), "{exit:?}");
+    assert_eq!(exit.summary()["moves"], 4, "{exit:?}");
 }
 
 /// For io_uring: tests/readiness.rs.
