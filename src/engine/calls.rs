@@ -9,6 +9,7 @@ use nix::sys::socket::{
     getpeername, socket,
 };
 
+use super::Buffer;
 use crate::config::SocketOptions;
 use crate::socket::prepare;
 
@@ -31,6 +32,27 @@ pub(super) fn send_flags(more: bool) -> MsgFlags {
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
     // The crate has no name for it.
     if more { flags | MsgFlags::from_bits_retain(libc::MSG_MORE) } else { flags }
+}
+
+/// Receives into `memory`, that of the buffer `id`, without waiting. `None`: end of stream. Also
+/// whether the socket had more, asked only when the buffer is full. Errors as recv(2).
+pub(super) fn receive(
+    socket: &OwnedFd,
+    id: u16,
+    memory: &mut [u8],
+) -> (Result<Option<Buffer>, Errno>, bool) {
+    match net::recv(socket.as_raw_fd(), memory, MsgFlags::MSG_DONTWAIT) {
+        Ok(length @ 1..) => {
+            let more = length == memory.len() && crate::sys::unread(socket).unwrap_or(0) > 0;
+            (Ok(Some(Buffer::received(id, length as u32))), more)
+        }
+        result => (result.map(|_| None), false),
+    }
+}
+
+/// Sends `bytes`, as much as the socket takes at once. Errors as send(2).
+pub(super) fn send(socket: &OwnedFd, bytes: &[u8], more: bool) -> Result<u32, Errno> {
+    net::send(socket.as_raw_fd(), bytes, send_flags(more)).map(|length| length as u32)
 }
 
 /// Has what is kept back for more sent now; none may come, because the flow fails.

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollFlags, EpollTimeout};
-use nix::sys::socket::{self as net, MsgFlags, SockFlag, SockaddrStorage, accept4};
+use nix::sys::socket::{self as net, SockFlag, SockaddrStorage, accept4};
 
 use self::buffers::Buffers;
 use self::interest::{EVENTS, Interest, Report, State};
@@ -27,7 +27,6 @@ use super::{Buffer, Completion, Engine, Outcome, Setup, Sleep, Start, Token, cal
 use crate::config::SocketOptions;
 use crate::error::{Error, Kind};
 use crate::flow::Op;
-use crate::flow::half::BUFFER_BYTES;
 use crate::pipe::{Pipe, PipePool};
 
 mod buffers;
@@ -134,20 +133,11 @@ impl Epoll {
 
     fn receive(&mut self, socket: &OwnedFd) -> (Result<Option<Buffer>, Errno>, bool) {
         let Some(id) = self.buffers.take() else { return (Err(Errno::ENOBUFS), false) };
-        let memory = self.buffers.memory(id);
-        let result = net::recv(socket.as_raw_fd(), memory, MsgFlags::MSG_DONTWAIT);
-        match result {
-            Ok(length @ 1..) => {
-                let length = length as u32;
-                // A buffer that is not full took all there was.
-                let more = length == BUFFER_BYTES && crate::sys::unread(socket).unwrap_or(0) > 0;
-                (Ok(Some(Buffer::received(id, length))), more)
-            }
-            result => {
-                self.buffers.give_back(id);
-                (result.map(|_| None), false)
-            }
+        let (result, more) = calls::receive(socket, id, self.buffers.memory(id));
+        if !matches!(result, Ok(Some(_))) {
+            self.buffers.give_back(id);
         }
+        (result, more)
     }
 }
 
@@ -222,9 +212,8 @@ impl Engine for Epoll {
     }
 
     fn send(&mut self, token: Token, socket: &OwnedFd, buffer: &Buffer, more: bool) {
-        let flags = calls::send_flags(more);
-        let result = net::send(socket.as_raw_fd(), self.buffers.bytes(buffer), flags);
-        self.push(token, Outcome::Sent(result.map(|length| length as u32)));
+        let result = calls::send(socket, self.buffers.bytes(buffer), more);
+        self.push(token, Outcome::Sent(result));
     }
 
     fn watch(&mut self, token: Token, socket: &OwnedFd) {

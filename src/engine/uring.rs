@@ -220,16 +220,15 @@ impl Engine for Uring {
     }
 
     fn send(&mut self, token: Token, socket: &OwnedFd, buffer: &Buffer, more: bool) {
-        let flags = calls::send_flags(more);
         if self.are_few {
-            let result = self.buffers.send(socket.as_raw_fd(), buffer, flags);
+            let result = self.buffers.send(socket, buffer, more);
             self.done.push_back(Completion { token, outcome: Outcome::Sent(result) });
             return;
         }
         // Without waiting: a send that had to wait on a half-closed socket would be punted to a
         // kernel worker (tests/kernel/workers.rs).
         let entry = opcode::Send::new(fd(socket), self.buffers.bytes(buffer), buffer.len())
-            .flags(flags.bits());
+            .flags(calls::send_flags(more).bits());
         self.push(token, entry.build());
     }
 

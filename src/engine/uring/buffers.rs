@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use std::num::NonZeroUsize;
-use std::os::fd::RawFd;
+use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, Ordering};
 
@@ -15,9 +15,8 @@ use io_uring::types::BufRingEntry;
 use nix::errno::Errno;
 use nix::libc::c_void;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
-use nix::sys::socket::{MsgFlags, recv, send};
 
-use crate::engine::Buffer;
+use crate::engine::{Buffer, calls};
 use crate::flow::half::BUFFER_BYTES;
 
 /// Buffers a ring can have: 64 MiB when all are in use. A power of two.
@@ -67,7 +66,7 @@ pub(super) struct Buffers {
     tail: u16,
     /// Buffers the kernel has been given for the first time.
     provided: u16,
-    /// Those of them that are there for receives which found none in this turn.
+    /// Those of them that no receive of this turn which found none has been promised.
     promised: u16,
     /// Those of the others that nobody has. The last is taken first: it is still in the cache.
     own: Vec<u16>,
@@ -91,8 +90,8 @@ impl Buffers {
         Ok(())
     }
 
-    /// Provides a buffer for a receive that found none, when it is tried again; false if all there
-    /// can be are in use.
+    /// Provides one buffer more for a receive that found none and is to be tried again; false if
+    /// there can be no more.
     pub(super) fn promise(&mut self) -> bool {
         if self.promised == 0 {
             self.promised = self.grow();
@@ -102,7 +101,7 @@ impl Buffers {
         has_any
     }
 
-    /// Those that found none in the last turn find one in this.
+    /// A turn begins. What was promised in the last one is there, for whoever receives first.
     pub(super) fn turn(&mut self) {
         self.promised = 0;
     }
@@ -126,34 +125,29 @@ impl Buffers {
         }
     }
 
-    /// Receives at once, without waiting, into a buffer of its own; `None` if all are in use.
-    /// Errors as recv(2).
-    pub(super) fn receive(&mut self, socket: RawFd) -> Option<Result<Option<Buffer>, Errno>> {
+    /// Receives at once into a buffer of its own; `None` if all are in use. Otherwise as
+    /// [`calls::receive`].
+    pub(super) fn receive(
+        &mut self,
+        socket: &OwnedFd,
+    ) -> Option<(Result<Option<Buffer>, Errno>, bool)> {
         let id = self.own.pop()?;
         let start = self.address(id).cast_mut();
         // SAFETY: the place is inside the mapping, and nobody has the buffer.
         let memory = unsafe { std::slice::from_raw_parts_mut(start, BUFFER_BYTES as usize) };
-        let result = recv(socket, memory, MsgFlags::MSG_DONTWAIT);
-        Some(match result {
-            Ok(length @ 1..) => Ok(Some(Buffer::received(id, length as u32))),
-            result => {
-                self.own.push(id);
-                result.map(|_| None)
-            }
-        })
+        let (result, more) = calls::receive(socket, id, memory);
+        if !matches!(result, Ok(Some(_))) {
+            self.own.push(id);
+        }
+        Some((result, more))
     }
 
-    /// Sends what is left of `buffer` at once, without waiting. Errors as send(2).
-    pub(super) fn send(
-        &self,
-        socket: RawFd,
-        buffer: &Buffer,
-        flags: MsgFlags,
-    ) -> Result<u32, Errno> {
+    /// Sends what is left of `buffer` at once. Otherwise as [`calls::send`].
+    pub(super) fn send(&self, socket: &OwnedFd, buffer: &Buffer, more: bool) -> Result<u32, Errno> {
         let length = buffer.len() as usize;
         // SAFETY: the bytes are inside the mapping, and whoever has the buffer has lent it.
         let bytes = unsafe { std::slice::from_raw_parts(self.bytes(buffer), length) };
-        send(socket, bytes, flags).map(|length| length as u32)
+        calls::send(socket, bytes, more)
     }
 
     fn provide(&mut self, id: u16) {
@@ -179,5 +173,28 @@ impl Buffers {
     fn address(&self, id: u16) -> *const u8 {
         let offset = usize::from(id) * BUFFER_BYTES as usize;
         self.memory.start.as_ptr().cast::<u8>().wrapping_add(offset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_are_as_many_more_as_receives_found_none() {
+        let mut buffers = Buffers::new().expect("a mapping");
+        buffers.grow();
+        for found_none in [56, 1, 0, 8] {
+            let before = buffers.provided;
+            assert!((0..found_none).all(|_| buffers.promise()));
+            let more = buffers.provided - before;
+            assert!((found_none..found_none + STEP_BUFFERS).contains(&more), "{more}");
+            buffers.turn();
+        }
+        while buffers.provided < MAX_BUFFERS {
+            assert!(buffers.promise());
+        }
+        buffers.turn();
+        assert!(!buffers.promise(), "there are no more");
     }
 }

@@ -3,7 +3,7 @@
 
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{Ordering, fence};
 use std::time::Instant;
 
@@ -159,16 +159,14 @@ impl Uring {
     /// Receives now: a call for one of a few messages costs less than a request and its share of an
     /// entry. False if that is to be done by a request.
     pub(super) fn receive_at_once(&mut self, token: Token, socket: &OwnedFd) -> bool {
-        let Some(result) = self.buffers.receive(socket.as_raw_fd()) else { return false };
+        let Some((result, more)) = self.buffers.receive(socket) else { return false };
         let length = match &result {
             Ok(buffer) => Ok(buffer.as_ref().map_or(0, Buffer::len)),
             Err(errno) => Err(*errno),
         };
-        // It is not asked what a short receive has left: `Readiness` need not know.
-        let is_full = length == Ok(BUFFER_BYTES);
-        let left = is_full.then(|| crate::sys::unread(socket).unwrap_or(0) > 0);
+        // It was not asked what a short receive has left: `Readiness` need not know.
+        let left = (length == Ok(BUFFER_BYTES)).then_some(more);
         self.readiness.received(token, length, left);
-        let more = left == Some(true);
         self.done.push_back(Completion { token, outcome: Outcome::Received { result, more } });
         true
     }
@@ -176,6 +174,7 @@ impl Uring {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
     use std::sync::atomic::AtomicU32;
 
     use super::*;
