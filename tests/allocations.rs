@@ -238,6 +238,8 @@ fn keep_idle_connections<E: Start>() {
         };
         let first = connection();
         let before = observed.held_bytes.load(Ordering::Acquire);
+        // The table of slots is a part of it: else the count is wrong.
+        assert!(before > 500_000, "{}: {before} bytes", E::NAME);
         let more: Vec<_> = (0..MORE_CONNECTIONS).map(|_| connection()).collect();
         let held_bytes = observed.held_bytes.load(Ordering::Acquire) - before;
         let for_each = held_bytes / MORE_CONNECTIONS as i64;

@@ -26,7 +26,7 @@ use nsplice::engine::{Buffer, Engine, Outcome, Setup, Sleep, Start, Token};
 use nsplice::flow::half::BUFFER_BYTES;
 use nsplice::flow::{Op, Side};
 use support::calls::{SIOCATMARK, int_ioctl};
-use support::streams::{Random, accept, connect, send_at_once};
+use support::streams::{Random, accept, connect, send_at_once, wait_for_end};
 use support::{Forwarder, Launch, Netns, PATIENCE, Process, eventually, namespaces};
 
 /// More connections than an engine serves at once when all of them have a message.
@@ -137,10 +137,10 @@ impl Worker {
         (length, more)
     }
 
-    /// Receives `length` bytes, less than a buffer has room for.
+    /// Receives `length` bytes, which leaves nothing.
     #[track_caller]
     fn take(&mut self, slot: usize, length: u32) {
-        assert_eq!(self.receive(slot).0, Ok(Some(length)));
+        assert_eq!(self.receive(slot), (Ok(Some(length)), false));
     }
 
     #[track_caller]
@@ -275,7 +275,8 @@ fn an_urgent_byte_is_told_wherever_it_is() {
         send_urgent(&far[0]);
         far[0].write_all(b"def").unwrap();
         wait_for_bytes(&worker.near[0], 7);
-        worker.take(0, 3);
+        // A plain recv(2) does not tell that there is more.
+        assert_eq!(worker.receive(0), (Ok(Some(3)), worker.by_ring));
         worker.wait_for(0);
         assert_eq!(worker.told(0), Ok(true));
         worker.take_urgent(0);
@@ -336,12 +337,6 @@ fn what_a_receive_leaves_is_told_at_once() {
 fn end(far: TcpStream, reset: bool) {
     let linger = libc::linger { l_onoff: reset.into(), l_linger: 0 };
     setsockopt(&far, sockopt::Linger, &linger).unwrap();
-}
-
-fn wait_for_end(near: &OwnedFd) {
-    let end = PollFlags::from_bits_retain(libc::POLLRDHUP);
-    let mut fds = [PollFd::new(near.as_fd(), end)];
-    assert_eq!(poll(&mut fds, PollTimeout::try_from(PATIENCE).unwrap()), Ok(1));
 }
 
 #[test]

@@ -124,7 +124,7 @@ mod is_the_same_through {
     }
 
     #[test]
-    fn auto_in_a_busy_worker() {
+    fn auto_on_connections_that_have_talked() {
         assert_same(NSPLICE_THAT_TALKED);
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use io_uring::opcode;
 use io_uring::types::Fd;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{MsgFlags, send};
@@ -16,6 +16,7 @@ use nix::sys::socket::{MsgFlags, send};
 use super::forged::urgent_behind_a_gap;
 use super::ring::{Ring, recv};
 use super::{connection, reset_by_peer, wait_for, wait_for_bytes};
+use crate::support::streams::wait_for_end;
 use crate::support::{PATIENCE, namespaces};
 
 const IN: EpollFlags = EpollFlags::EPOLLIN;
@@ -68,10 +69,16 @@ fn send_urgent(socket: &TcpStream) {
     send(socket.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
 }
 
-fn wait_for_end(near: &TcpStream) {
-    let end = PollFlags::from_bits_retain(libc::POLLRDHUP);
-    let mut fds = [PollFd::new(near.as_fd(), end)];
-    assert_eq!(poll(&mut fds, PollTimeout::try_from(PATIENCE).unwrap()), Ok(1));
+/// Has an urgent byte, or the end, follow the three bytes that are there.
+fn follow(near: &TcpStream, far: TcpStream, urgent: bool) -> Option<TcpStream> {
+    if urgent {
+        send_urgent(&far);
+        wait_for_bytes(near, 4);
+        return Some(far);
+    }
+    drop(far);
+    wait_for_end(near);
+    None
 }
 
 /// Receives once, with room for more than there is.
@@ -132,13 +139,7 @@ fn what_comes_between_a_report_and_a_receive_that_takes_other_bytes_is_reported(
         let set = Set::new();
         let (near, far) = set.with_bytes();
         assert_eq!(set.report(&near), IN);
-        if urgent {
-            send_urgent(&far);
-            wait_for_bytes(&near, 4);
-        } else {
-            drop(far);
-            wait_for_end(&near);
-        }
+        let _far = follow(&near, far, urgent);
         take(&near, 3);
         let wanted = if urgent { EpollFlags::EPOLLPRI } else { EpollFlags::EPOLLRDHUP };
         assert_eq!(set.report(&near), IN | wanted, "a flow waits for ever");
@@ -150,13 +151,7 @@ fn what_a_receive_leaves_is_not_reported_again_but_its_report_told_of_more_than_
     for urgent in [false, true] {
         let set = Set::new();
         let (near, far) = set.with_bytes();
-        if urgent {
-            send_urgent(&far);
-            wait_for_bytes(&near, 4);
-        } else {
-            drop(far);
-            wait_for_end(&near);
-        }
+        let _far = follow(&near, far, urgent);
         assert_ne!(set.report(&near), IN, "a flow waits for ever for what is there");
         take(&near, 3);
         assert_eq!(
@@ -283,12 +278,8 @@ fn a_receive_into_a_provided_buffer_tells_whether_it_left_something() {
         let mut ring = Ring::with_buffers(4);
         let (near, mut far) = connection();
         far.write_all(b"abc").unwrap();
-        if urgent {
-            send_urgent(&far);
-        } else {
-            drop(far);
-            wait_for_end(&near);
-        }
+        let _far = follow(&near, far, urgent);
+        // Without the end.
         wait_for_bytes(&near, if urgent { 4 } else { 3 });
         ring.start(1, recv(&near, libc::MSG_DONTWAIT));
         let done = ring.next();

@@ -9,7 +9,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::LazyLock;
 
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
 use super::{PATIENCE, Process};
@@ -178,6 +178,13 @@ pub fn exchange(stream: &TcpStream, send_seed: u64, receive_seed: u64, len: u64)
         scope.spawn(|| send(&mut &*stream, send_seed, len));
         receive(&mut &*stream, receive_seed, len);
     });
+}
+
+/// Waits until the peer's end, or its reset, is there.
+pub fn wait_for_end(near: &impl AsFd) {
+    let end = PollFlags::from_bits_retain(libc::POLLRDHUP);
+    let mut fds = [PollFd::new(near.as_fd(), end)];
+    assert_eq!(poll(&mut fds, PollTimeout::try_from(PATIENCE).unwrap()), Ok(1));
 }
 
 /// Sends a short message on each connection, so that a forwarder finds all of them together: it is

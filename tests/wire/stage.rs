@@ -118,6 +118,9 @@ impl Stage {
         let server = route.accept()?;
         if let Way::Nsplice { has_talked: true, .. } = self.way {
             talk(&client, &server);
+            if let Some(Between::Ours(forwarder)) = &route.forwarder {
+                assert!(forwarder.connector().in_sets().len() >= 2, "they wait by themselves");
+            }
         }
         let given_up = Arc::new(AtomicBool::new(false));
         let end = |stream, side| End::new(stream, side, given_up.clone()).with_stall(stall);

@@ -210,7 +210,8 @@ window probe; seen in one of some ten to thirty thousand exchanges of 160 to 395
 4 KiB, and not where packets are smaller.
 
 One thing is left to chance, and was never seen: io_uring workers, of connections with short messages,
-and epoll ask for a socket's state once. The kernel reads first whether an urgent byte is announced, then whether there is anything:
-an urgent byte that reaches an empty socket in the nanoseconds between would pass as another.
+and epoll ask for a socket's state once. The kernel reads first whether an urgent byte is announced,
+then whether there is anything: an urgent byte that reaches an empty socket in the nanoseconds between
+would pass as another.
 
 ";
