@@ -6,10 +6,11 @@ use std::rc::Rc;
 use nix::errno::Errno;
 use nix::sys::socket::SockaddrStorage;
 use nsplice::engine::{Buffer, Completion, Engine, Outcome, Sleep, Token};
+use nsplice::flow::Side;
 
 use crate::memory::PipeState;
 use crate::requests::{Kind, Posted, Report, Request};
-use crate::world::{Entered, Stage, World, trace};
+use crate::world::{Entered, Stage, World, side, trace};
 
 /// The world as all its parts share it.
 pub type Shared = Rc<RefCell<World>>;
@@ -137,7 +138,11 @@ impl Engine for FakeEngine {
     }
 
     fn pause(&mut self, token: Token, ms: u32) {
-        let connection = self.world().connection_of(token).expect("a flow pauses");
+        // One that has come back may pause before it asks for anything else.
+        let world = self.world();
+        let known = world.connection_of(token).or(world.returned);
+        let connection = known.expect("a flow pauses");
+        drop(world);
         // It is no socket's request, but none may be in flight when the flow closes.
         self.begin(token, 2 * connection, Kind::Pause { ms, due_ms: 0 });
     }
@@ -168,6 +173,9 @@ impl Engine for FakeEngine {
         let connection = &mut world.connections[socket.id / 2];
         (connection.name, connection.delivered_at_tick) = (None, None);
         world.leaves += 1;
+        if side(socket.id) == Side::Listen {
+            world.left.push_back(socket.id / 2);
+        }
     }
 
     fn target_socket(&mut self) -> Result<FakeSocket, Errno> {

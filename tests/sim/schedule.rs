@@ -68,8 +68,8 @@ struct Schedule {
     stop_at: Option<u32>,
     /// Connections given to the worker.
     given: usize,
-    /// Connections that are between two workers.
-    moved: Vec<Moved<FakeSocket>>,
+    /// Connections that are between two workers, by number.
+    moved: Vec<(usize, Moved<FakeSocket>)>,
     turns: u32,
 }
 
@@ -158,10 +158,15 @@ impl Schedule {
     fn part(&mut self) {
         while let Some((to, moved)) = self.worker.leaver() {
             assert!(to == 0, "a connection goes to worker {to}");
-            if self.world.borrow_mut().rng.percent(30) {
+            let mut world = self.world.borrow_mut();
+            let connection = world.left.pop_front().expect("it has left the engine");
+            let is_kept = world.rng.percent(30);
+            world.returned = Some(connection).filter(|_| is_kept);
+            drop(world);
+            if is_kept {
                 self.worker.keep(moved);
             } else {
-                self.moved.push(moved);
+                self.moved.push((connection, moved));
                 self.worker.accept_next();
             }
         }
@@ -178,8 +183,12 @@ impl Schedule {
         if self.moved.is_empty() {
             return false;
         }
-        let which = self.world.borrow_mut().rng.index(self.moved.len());
-        self.worker.join(self.moved.swap_remove(which));
+        let mut world = self.world.borrow_mut();
+        let which = world.rng.index(self.moved.len());
+        let (connection, moved) = self.moved.swap_remove(which);
+        world.returned = Some(connection);
+        drop(world);
+        self.worker.join(moved);
         true
     }
 

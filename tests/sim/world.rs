@@ -125,6 +125,10 @@ pub struct World {
     pub shared_fills: u64,
     /// Sockets that left an engine.
     pub leaves: u64,
+    /// Connections that have left since the worker was asked for them.
+    pub left: VecDeque<usize>,
+    /// The one that came back last.
+    pub returned: Option<usize>,
     /// The time.
     pub now_ms: u64,
     /// Bytes that went through pipes.
@@ -180,6 +184,8 @@ impl World {
             calls: 0,
             shared_fills: 0,
             leaves: 0,
+            left: VecDeque::new(),
+            returned: None,
             now_ms: 0,
             drained: 0,
             accept_errors: Vec::new(),
