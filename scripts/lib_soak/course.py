@@ -40,7 +40,7 @@ REST_S = 1.0
 REST_CPU_MOST = 0.1
 GROWTH_BYTES = 1 << 20
 GROWTH_EACH_BYTES = 1 << 10
-EPOLL_BUFFERS_EACH_BYTES = 16 << 10
+EPOLL_BUFFERS_EACH_BYTES = 40 << 10
 LIMITS = {
     "silence_s": SILENCE_S, "spare": SPARE_MOST, "rest_cpu": REST_CPU_MOST,
     "pipes": forwarder.POOLED_PIPES, "growth": GROWTH_BYTES >> 20,

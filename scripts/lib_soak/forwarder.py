@@ -14,7 +14,7 @@ from lib_compare.programs import Failed
 
 # Empty pipes that a worker keeps for reuse: POOL_MAX of src/pipe.rs.
 POOLED_PIPES = 32
-BUFFERS_BYTES = 64 << 20
+BUFFERS_BYTES = 160 << 20
 LISTEN_PORT, TARGET_PORT = 7000, 7001  # each in a namespace of its own
 
 
@@ -98,8 +98,8 @@ def memory(pid):
     """Resident memory of its own, without what is mapped of files, in bytes; the receive buffers
     of the io_uring engine apart.
 
-    A burst touches buffers that stay then, and of each the second page when a read first comes to
-    it: that would hide what grows for other reasons. Each worker's are a mapping of 64 MiB
+    A burst touches buffers that stay then, and of each the further pages when a read first comes to
+    it: that would hide what grows for other reasons. Each worker's are a mapping of 160 MiB
     (MAX_BUFFERS of src/engine/uring/buffers.rs); no other is as large.
     """
     anon = buffers = 0

@@ -72,9 +72,9 @@ connections end, and it must have given back what they took:
   keeps, and by {growth_each} KiB for each connection that there were more at a time than in the
   warm-up: the table of flows, of less than 512 bytes each, doubles and is not made smaller. A leak
   of 64 bytes for each connection is more than that after a minute;
-- receive buffers are counted apart with io_uring: those that a burst needs stay, and the second
-  page of each is touched when a read first comes to it. With epoll, where they cannot be told from
-  other memory, two of them (8 KiB each) may be added for each of the most connections at a time.
+- receive buffers are counted apart with io_uring: those that a burst needs stay, and the further
+  pages of each are touched when a read first comes to them. With epoll, where they cannot be told from
+  other memory, two of them (20 KiB each) may be added for each of the most connections at a time.
 
 Then SIGTERM must end it with status 0, it must have logged nothing but the faults' traces, and its
 summary must agree with what both ends counted: the connections exactly; the bytes are at least what

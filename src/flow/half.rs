@@ -9,9 +9,9 @@ use nix::errno::Errno;
 use crate::config::Transfer;
 use crate::flow::{Op, Question, Side};
 
-/// Size of a buffer in bytes: the largest read in copy. Copy and splice cross between 4 and 16 KiB
-/// a read, by the machine (ARCHITECTURE.md).
-pub const BUFFER_BYTES: u32 = 8 << 10;
+/// Size of a buffer in bytes: the largest read in copy. Copy and splice cross between 8 and 64 KiB
+/// a read, by the machine (ARCHITECTURE.md). Has room for a message of 16 KiB with its header.
+pub const BUFFER_BYTES: u32 = 20 << 10;
 
 /// Bytes between two waits below which a burst counts as small.
 const SMALL_BURST_BYTES: u64 = BUFFER_BYTES as u64;

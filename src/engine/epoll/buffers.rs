@@ -6,7 +6,7 @@
 use crate::engine::Buffer;
 use crate::flow::half::BUFFER_BYTES;
 
-/// Buffers a worker can have: 64 MiB when all are in use, as many as a ring has.
+/// Buffers a worker can have: 160 MiB when all are in use, as many as a ring has.
 const MAX_BUFFERS: u16 = 8192;
 
 /// Buffers made at a time, so that a worker that has warmed up asks for no more.
@@ -74,9 +74,9 @@ mod tests {
             buffers.memory(id).fill(id as u8);
         }
         for id in [0, 63, 64, 8191] {
-            let mut buffer = Buffer::received(id, 8192);
-            assert_eq!(buffers.bytes(&buffer), [id as u8; 8192]);
-            buffer.consume(8190);
+            let mut buffer = Buffer::received(id, BUFFER_BYTES);
+            assert_eq!(buffers.bytes(&buffer), [id as u8; BYTES]);
+            buffer.consume(BUFFER_BYTES - 2);
             assert_eq!(buffers.bytes(&buffer), [id as u8; 2]);
         }
         buffers.give_back(7);

@@ -19,7 +19,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use crate::engine::{Buffer, calls};
 use crate::flow::half::BUFFER_BYTES;
 
-/// Buffers a ring can have: 64 MiB when all are in use. A power of two.
+/// Buffers a ring can have: 160 MiB when all are in use. A power of two.
 const MAX_BUFFERS: u16 = 8192;
 
 /// Buffers besides those, which the kernel is not given: for receives that are made at once.
