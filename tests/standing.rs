@@ -164,7 +164,7 @@ fn who_may_not_have_pipes_copies_and_loses_nothing() {
     let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_nsplice")).arg(&file).status();
     assert!(copied.unwrap().success());
     // What is on its way is to be in pipes.
-    limit_buffers(&both, 16 << 10);
+    limit_buffers(&both, 64 << 10);
     let server = server(&both);
     let forwarder = drained(Launch::nsplice())
         .run_as(NOBODY, file)
