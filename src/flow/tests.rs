@@ -76,3 +76,16 @@ fn a_flow_that_fails_does_not_leave() {
     assert!(!wanted.contains(&Action::Leave), "{wanted:?}");
     assert!(wanted.contains(&Action::Ask(Question::Unsent(!half))), "{wanted:?}");
 }
+
+#[test]
+fn a_flow_that_waits_for_its_turn_does_not_leave() {
+    let half = Side::Listen;
+    let flow = &mut Flow::connected(Transfer::Splice, 1000);
+    actions(flow);
+    flow.on(Event::Readable { half, urgent: Ok(false) });
+    assert_eq!(actions(flow), [Action::Yield]);
+    flow.on(Event::Leave);
+    assert_eq!(actions(flow), [], "its worker has it in the queue");
+    flow.on(Event::Turn);
+    assert_ne!(flow.next(), None);
+}
