@@ -138,11 +138,9 @@ impl Engine for FakeEngine {
     }
 
     fn pause(&mut self, token: Token, ms: u32) {
-        // One that has come back may pause before it asks for anything else.
-        let world = self.world();
-        let known = world.connection_of(token).or(world.returned);
-        let connection = known.expect("a flow pauses");
-        drop(world);
+        // One that comes back may pause before it asks for anything else.
+        let known = |world: RefMut<World>| world.connection_of(token).or(world.returning);
+        let connection = known(self.world()).expect("a flow pauses");
         // It is no socket's request, but none may be in flight when the flow closes.
         self.begin(token, 2 * connection, Kind::Pause { ms, due_ms: 0 });
     }

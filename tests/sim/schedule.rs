@@ -161,10 +161,9 @@ impl Schedule {
             let mut world = self.world.borrow_mut();
             let connection = world.left.pop_front().expect("it has left the engine");
             let is_kept = world.rng.percent(30);
-            world.returned = Some(connection).filter(|_| is_kept);
             drop(world);
             if is_kept {
-                self.worker.keep(moved);
+                self.go_on(connection, moved, Worker::keep);
             } else {
                 self.moved.push((connection, moved));
                 self.worker.accept_next();
@@ -183,13 +182,22 @@ impl Schedule {
         if self.moved.is_empty() {
             return false;
         }
-        let mut world = self.world.borrow_mut();
-        let which = world.rng.index(self.moved.len());
+        let which = self.world.borrow_mut().rng.index(self.moved.len());
         let (connection, moved) = self.moved.swap_remove(which);
-        world.returned = Some(connection);
-        drop(world);
-        self.worker.join(moved);
+        self.go_on(connection, moved, Worker::join);
         true
+    }
+
+    /// Has the worker go on with a connection that left.
+    fn go_on(
+        &mut self,
+        connection: usize,
+        moved: Moved<FakeSocket>,
+        by: fn(&mut Worker<FakeEngine>, Moved<FakeSocket>),
+    ) {
+        self.world.borrow_mut().returning = Some(connection);
+        by(&mut self.worker, moved);
+        self.world.borrow_mut().returning = None;
     }
 
     fn stop(&mut self) {

@@ -127,8 +127,8 @@ pub struct World {
     pub leaves: u64,
     /// Connections that have left since the worker was asked for them.
     pub left: VecDeque<usize>,
-    /// The one that came back last.
-    pub returned: Option<usize>,
+    /// The one that comes back now.
+    pub returning: Option<usize>,
     /// The time.
     pub now_ms: u64,
     /// Bytes that went through pipes.
@@ -185,7 +185,7 @@ impl World {
             shared_fills: 0,
             leaves: 0,
             left: VecDeque::new(),
-            returned: None,
+            returning: None,
             now_ms: 0,
             drained: 0,
             accept_errors: Vec::new(),
