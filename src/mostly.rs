@@ -15,13 +15,8 @@ pub struct Mostly {
 impl Mostly {
     /// Takes note of a turn.
     pub fn note(&mut self, is: bool) {
-        self.note_each(1, is);
-    }
-
-    /// Takes note of `count` that were alike.
-    pub fn note_each(&mut self, count: u32, is: bool) {
         let lead = self.lead;
-        self.lead = if is { (lead + count).min(TO_CHANGE) } else { lead.saturating_sub(count) };
+        self.lead = if is { (lead + 1).min(TO_CHANGE) } else { lead.saturating_sub(1) };
         self.is = match self.lead {
             0 => false,
             TO_CHANGE => true,
