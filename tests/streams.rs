@@ -173,21 +173,24 @@ fn auto_never_splices_small_messages() {
     let forwarder = start(Launch::nsplice(), IPV4, &clients, &targets, &listener);
     let mut client = clients.enter(|| connect(forwarder.address()));
     let mut server = accept(&listener);
-    let mut message = [0u8; 64];
-    for round in 0..1000u32 {
-        message[..4].copy_from_slice(&round.to_le_bytes());
-        client.write_all(&message).unwrap();
-        server.read_exact(&mut message).unwrap();
-        server.write_all(&message).unwrap();
-        client.read_exact(&mut message).unwrap();
-        assert_eq!(message[..4], round.to_le_bytes());
+    // The larger ones with room for a header.
+    for length in [64, (16 << 10) + 64] {
+        let mut message = vec![0u8; length];
+        for round in 0..1000u32 {
+            message[..4].copy_from_slice(&round.to_le_bytes());
+            client.write_all(&message).unwrap();
+            server.read_exact(&mut message).unwrap();
+            server.write_all(&message).unwrap();
+            client.read_exact(&mut message).unwrap();
+            assert_eq!(message[..4], round.to_le_bytes());
+        }
     }
     drop((client, server));
     let exit = forwarder.stop();
     exit.assert_clean();
     let summary = exit.summary();
     assert_eq!(summary["splice_operations"], 0, "{summary}");
-    assert_eq!(summary["bytes_to_target"], 64_000, "{summary}");
+    assert_eq!(summary["bytes_to_target"], 1_000 * (64 + 16_448), "{summary}");
 }
 
 /// Sizes from 1 byte to 100 MB, small ones as likely as large ones; the same in every run.
