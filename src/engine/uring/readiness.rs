@@ -47,7 +47,7 @@ const APART_IN_TURN: u32 = 10;
 
 /// Short messages in a row, beside reports that nobody waited for, after which a socket joins the
 /// set: that takes calls, which a connection with one exchange is not to pay.
-const MESSAGES_TO_JOIN: u8 = 4;
+const MESSAGES_TO_JOIN: u8 = 2;
 
 /// The most that counts of them. After as many reports that nobody waited for it leaves the set.
 const MESSAGES_MAX: u8 = 8;
