@@ -180,24 +180,25 @@ fn nothing_is_left_to_workers_of_the_kernel() {
     }
 }
 
-/// What the only worker calls while it copies short messages of many connections.
+/// What the only worker calls while it copies short messages of `connections` connections.
 fn calls_of_a_busy_worker(
     strace: PathBuf,
-    engine: &str,
+    (engine, connections): (&str, usize),
     clients: &Netns,
     targets: &Netns,
-    call: &str,
-    enough: u64,
+    (call, enough): (&str, u64),
 ) -> BTreeMap<String, u64> {
     let server = Server::start(targets, "rr", "64");
     let launch = Launch::nsplice().engine(engine).option("--transfer", "copy");
     let forwarder = forwarder(launch.option("--workers", "1"), clients, targets, &server);
-    let mut busy = client_for("60", clients, &forwarder, SHORT_MESSAGES);
+    let number = connections.to_string();
+    let load = ["--work", "rr", "--size", "64", "--connections", &number];
+    let mut busy = client_for("60", clients, &forwarder, &load);
     let mut busy = busy.stdout(Stdio::piped()).spawn();
     let busy = busy.as_mut().unwrap();
     // A socket for the target is made by a call of its own: all of them are there by then.
     eventually("all connections are open", || {
-        (forwarder.connector().count_fds("socket") >= 2 * 64).then_some(())
+        (forwarder.connector().count_fds("socket") >= 2 * connections).then_some(())
     });
     let mut calls = BTreeMap::new();
     // Mostly the first is long enough for thousands of messages; not on a busy machine.
@@ -223,10 +224,12 @@ fn copying_many_messages_takes_nothing_for_each_but_requests_in_the_ring() {
     };
     namespaces!(clients, targets);
     let mut calls = BTreeMap::new();
-    // Where it finds many messages in a turn.
+    // Where it finds many messages in a turn: more than it would receive by calls.
+    let connections = 256;
     on_one_cpu(|| {
-        let (call, enough) = ("io_uring_enter", 100);
-        calls = calls_of_a_busy_worker(strace, "uring", &clients, &targets, call, enough);
+        let worker = ("uring", connections);
+        let enough = ("io_uring_enter", 100);
+        calls = calls_of_a_busy_worker(strace, worker, &clients, &targets, enough);
     });
     let count = |name: &str| calls.get(name).copied().unwrap_or(0);
     let (entered, waited) = (count("io_uring_enter"), count("epoll_wait"));
@@ -237,12 +240,32 @@ fn copying_many_messages_takes_nothing_for_each_but_requests_in_the_ring() {
     assert!(paced * 64 < entered, "{calls:?}");
     // Once for a socket: that it is plain TCP's, and that it joins the set.
     let joining = ["getsockopt", "epoll_ctl"].map(count);
-    assert!(joining[0] <= 4 * 64 && joining[1] <= 2 * 64, "{calls:?}");
-    // Turns that happen to have a few messages.
+    let connections = connections as u64;
+    assert!(joining[0] <= 4 * connections && joining[1] <= 2 * connections, "{calls:?}");
+    // Turns that happen to have few messages.
     let few = ["recvfrom", "sendto"].map(count);
-    assert!(few.iter().all(|&count| count * 4 < entered), "{calls:?}");
+    assert!(few.iter().all(|&count| count < entered), "{calls:?}");
     let counted = [&joining[..], &few, &[entered, waited, paced]].concat();
     assert_eq!(calls.values().sum::<u64>(), counted.iter().sum::<u64>(), "{calls:?}");
+}
+
+#[test]
+fn some_messages_take_a_receive_each_and_share_the_entry_that_sends_them() {
+    let Some(strace) = find_program("strace") else {
+        skip!("no strace in PATH: scripts/install-test-peers installs it");
+    };
+    namespaces!(clients, targets);
+    let mut calls = BTreeMap::new();
+    on_one_cpu(|| {
+        let enough = ("recvfrom", 2000);
+        calls = calls_of_a_busy_worker(strace, ("uring", 16), &clients, &targets, enough);
+    });
+    let count = |name: &str| calls.get(name).copied().unwrap_or(0);
+    let received = count("recvfrom");
+    assert!(received > 100, "{calls:?}");
+    for shared in ["io_uring_enter", "epoll_wait", "sendto"] {
+        assert!(count(shared) * 4 < received, "{shared}: {calls:?}");
+    }
 }
 
 /// The most sockets that were in the workers' sets while a load ran. Afterwards there is none.
@@ -289,7 +312,8 @@ fn copying_with_epoll_is_a_receive_and_a_send_for_each_message_and_few_waits() {
     namespaces!(clients, targets);
     // What one turn can receive, so that the counts may begin or end between that and sending it.
     let turn = 2 * 64;
-    let calls = calls_of_a_busy_worker(strace, "epoll", &clients, &targets, "recvfrom", 10 * turn);
+    let enough = ("recvfrom", 10 * turn);
+    let calls = calls_of_a_busy_worker(strace, ("epoll", 64), &clients, &targets, enough);
     let count = |name: &str| calls.get(name).copied().unwrap_or(0);
     let messages = count("recvfrom");
     assert!(messages > 2 * turn, "{calls:?}");
@@ -354,7 +378,7 @@ fn a_message_that_is_alone_takes_three_calls() {
     let engine = [("--engine", "uring")];
     let calls = calls_per_message(strace, &clients, &targets, &engine);
     let count = |name: &str| calls.get(name).copied().unwrap_or(0.0);
-    // The first four messages on each side, the connection itself, and a wait for the ring's sake.
+    // The first messages on each side, the connection itself, and a wait for the ring's sake.
     for name in ["recvfrom", "sendto", "epoll_wait"] {
         assert!((0.9..1.1).contains(&count(name)), "{calls:?}");
     }

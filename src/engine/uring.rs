@@ -33,9 +33,13 @@ mod readiness;
 mod setup;
 mod waiting;
 
-/// Completions of a turn, messages on sockets of the set among them, up to which what is received
-/// and sent is so by calls of its own. More share an entry into the ring.
-const FEW: usize = 3;
+/// Completions of a turn, messages on sockets of the set among them, up to which each of these is
+/// received by a call of its own. More share an entry into the ring.
+const RECEIVED_BY_CALLS: usize = 64;
+
+/// The same for sending. Fewer: a call lets the peer interrupt the worker, and what one entry sends
+/// the peer finds together.
+const SENT_BY_CALLS: usize = 3;
 
 /// An engine on one io_uring ring.
 pub struct Uring {
@@ -51,8 +55,9 @@ pub struct Uring {
     inbox: VecDeque<cqueue::Entry>,
     /// What was done at once, and is not yet handed on.
     done: VecDeque<Completion<OwnedFd>>,
-    /// The turn has no more than [`FEW`], and these are being served: at once.
-    are_few: bool,
+    /// How many completions the turn began with, while these are served and messages on sockets of
+    /// the set are among them.
+    turn: Option<usize>,
     enter_flags: u32,
     busy_poll: Duration,
     /// Lengths of pauses, in milliseconds, as the kernel reads them when it takes the request.
@@ -60,6 +65,11 @@ pub struct Uring {
 }
 
 impl Uring {
+    /// Whether a turn with no more than so many completions is being served.
+    fn has_at_most(&self, completions: usize) -> bool {
+        self.turn.is_some_and(|count| count <= completions)
+    }
+
     fn push(&mut self, token: Token, entry: squeue::Entry) {
         self.push_chain(&[entry.user_data(token.encode())]);
     }
@@ -159,7 +169,7 @@ impl Start for Uring {
             sockets: setup.sockets,
             inbox: VecDeque::with_capacity(CQ_ENTRIES as usize),
             done: VecDeque::with_capacity(4),
-            are_few: false,
+            turn: None,
             pauses: BTreeMap::new(),
             busy_poll: Duration::from_micros(setup.busy_poll_us.into()),
             enter_flags: waiting::enter_flags(no_iowait),
@@ -192,7 +202,7 @@ impl Engine for Uring {
 
     fn recv(&mut self, token: Token, socket: &OwnedFd) {
         let is_in_set = self.readiness.receiving(token, socket);
-        if self.are_few && is_in_set && self.receive_at_once(token, socket) {
+        if is_in_set && self.has_at_most(RECEIVED_BY_CALLS) && self.receive_at_once(token, socket) {
             return;
         }
         let entry = opcode::Recv::new(fd(socket), std::ptr::null_mut(), BUFFER_BYTES)
@@ -220,7 +230,7 @@ impl Engine for Uring {
     }
 
     fn send(&mut self, token: Token, socket: &OwnedFd, buffer: &Buffer, more: bool) {
-        if self.are_few {
+        if self.has_at_most(SENT_BY_CALLS) {
             let result = self.buffers.send(socket, buffer, more);
             self.done.push_back(Completion { token, outcome: Outcome::Sent(result) });
             return;
@@ -341,7 +351,7 @@ impl Engine for Uring {
         } else {
             self.wait_for_ring(sleep)?;
         }
-        self.are_few = self.readiness.news() > 0 && self.told() <= FEW;
+        self.turn = (self.readiness.news() > 0).then(|| self.told());
         Ok(())
     }
 
@@ -354,7 +364,7 @@ impl Engine for Uring {
                 return Some(Completion { token, outcome: Outcome::Readable(urgent) });
             }
             let Some(entry) = self.inbox.pop_front() else {
-                self.are_few = false;
+                self.turn = None;
                 return None;
             };
             if let Some(completion) = self.decode(&entry) {

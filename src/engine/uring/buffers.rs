@@ -1,7 +1,7 @@
 //! The buffers a ring receives into: one mapping, handed to the kernel piece by piece.
 //!
 //! The kernel takes a buffer only when there is something to receive ("provided buffers"), so
-//! an idle connection has none. Buffers that were never needed are address space, not memory. A few
+//! an idle connection has none. Buffers that were never needed are address space, not memory. Some
 //! are not handed to it: what is received at once goes there.
 
 #![allow(unsafe_code)]
@@ -16,14 +16,16 @@ use nix::errno::Errno;
 use nix::libc::c_void;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
+use super::RECEIVED_BY_CALLS;
 use crate::engine::{Buffer, calls};
 use crate::flow::half::BUFFER_BYTES;
 
 /// Buffers a ring can have: 160 MiB when all are in use. A power of two.
 const MAX_BUFFERS: u16 = 8192;
 
-/// Buffers besides those, which the kernel is not given: for receives that are made at once.
-const OWN_BUFFERS: u16 = 8;
+/// Buffers besides those, which the kernel is not given, for receives that are made at once: of one
+/// turn, while those of the last are being sent.
+const OWN_BUFFERS: u16 = 2 * RECEIVED_BY_CALLS as u16;
 
 /// Buffers provided at the start, and again for each so many receives that found none in a turn.
 /// Few, because the kernel uses them in turn: all that are provided take memory, and pass through
