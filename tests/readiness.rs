@@ -29,7 +29,7 @@ use support::calls::{SIOCATMARK, int_ioctl};
 use support::streams::{Random, accept, connect, send_at_once, wait_for_end};
 use support::{Forwarder, Launch, Netns, PATIENCE, Process, eventually, namespaces};
 
-/// More connections than an engine serves at once when all of them have a message.
+/// More connections than an engine sends on by calls when all of them have a message.
 const BUSY: usize = 4;
 /// Messages after which a socket surely is in the set.
 const ROUNDS: usize = 10;
@@ -42,7 +42,7 @@ struct Worker {
     near: Vec<OwnedFd>,
     /// By slot.
     generations: Vec<u32>,
-    /// What is received is so by the ring, also a message that is alone.
+    /// What is received is so by the ring, as where a turn has many messages.
     by_ring: bool,
     /// The least number of its sockets. No other test's have such: the least that is free is the
     /// one that was closed last.
@@ -182,8 +182,8 @@ fn send_messages(worker: &mut Worker, far: &mut [TcpStream], rounds: usize) {
     }
 }
 
-/// Runs the body with a worker whose connections have had short messages for a while, twice: what is
-/// alone is received at once, and by the ring as if it was not.
+/// Runs the body with a worker whose connections have had short messages for a while, twice: with
+/// what comes received at once, and by the ring as if it was much.
 fn busy(body: impl Fn(&mut Worker, &mut Vec<TcpStream>)) {
     for by_ring in [false, true] {
         let mut worker = Worker::new();
@@ -385,6 +385,51 @@ fn an_end_and_a_reset_behind_bytes_are_told() {
             assert_eq!(worker.told(0), Ok(false));
             let ended = if reset { Err(Errno::ECONNRESET) } else { Ok(None) };
             assert_eq!(worker.receive(0).0, ended);
+        });
+    }
+}
+
+/// Also by the set that the socket joins with that message.
+#[test]
+fn what_is_behind_an_early_message_is_told() {
+    for before in 0..4 {
+        busy(|worker, far| {
+            for behind in ["urgent", "end", "reset"] {
+                let mut fresh = worker.connection();
+                for _ in 0..before {
+                    worker.wait_for(BUSY);
+                    fresh.write_all(&MESSAGE).unwrap();
+                    assert_eq!(worker.told(BUSY), Ok(false));
+                    worker.take(BUSY, MESSAGE.len() as u32);
+                }
+                worker.wait_for(BUSY);
+                fresh.write_all(b"abc").unwrap();
+                assert_eq!(worker.told(BUSY), Ok(false));
+                let _open = match behind {
+                    "urgent" => {
+                        send_urgent(&fresh);
+                        wait_for_bytes(&worker.near[BUSY], 4);
+                        Some(fresh)
+                    }
+                    _ => {
+                        end(fresh, behind == "reset");
+                        wait_for_end(&worker.near[BUSY]);
+                        None
+                    }
+                };
+                assert_eq!(worker.receive(BUSY).0, Ok(Some(3)));
+                worker.wait_for(BUSY);
+                assert_eq!(worker.told(BUSY), Ok(behind == "urgent"), "{behind}, {before} before");
+                match behind {
+                    "urgent" => worker.take_urgent(BUSY),
+                    "end" => assert_eq!(worker.receive(BUSY).0, Ok(None)),
+                    _ => assert_eq!(worker.receive(BUSY).0, Err(Errno::ECONNRESET)),
+                }
+                let closed = worker.near.pop().unwrap();
+                worker.engine.close(closed);
+                worker.generations[BUSY] += 1;
+            }
+            send_messages(worker, far, 2);
         });
     }
 }

@@ -33,12 +33,12 @@ mod readiness;
 mod setup;
 mod waiting;
 
-/// Completions of a turn, messages on sockets of the set among them, up to which each of these is
-/// received by a call of its own. More share an entry into the ring.
+/// Completions of a turn up to which what is received takes a call of its own. More share an entry
+/// into the ring.
 const RECEIVED_BY_CALLS: usize = 64;
 
-/// The same for sending. Fewer: a call lets the peer interrupt the worker, and what one entry sends
-/// the peer finds together.
+/// The same of what is sent. Fewer: a call lets the peer interrupt the worker, and what one entry
+/// sends the peer finds together.
 const SENT_BY_CALLS: usize = 3;
 
 /// An engine on one io_uring ring.
@@ -55,8 +55,7 @@ pub struct Uring {
     inbox: VecDeque<cqueue::Entry>,
     /// What was done at once, and is not yet handed on.
     done: VecDeque<Completion<OwnedFd>>,
-    /// How many completions the turn began with, while these are served and messages on sockets of
-    /// the set are among them.
+    /// How many completions the turn began with, while these are served.
     turn: Option<usize>,
     enter_flags: u32,
     busy_poll: Duration,
@@ -201,8 +200,8 @@ impl Engine for Uring {
     }
 
     fn recv(&mut self, token: Token, socket: &OwnedFd) {
-        let is_in_set = self.readiness.receiving(token, socket);
-        if is_in_set && self.has_at_most(RECEIVED_BY_CALLS) && self.receive_at_once(token, socket) {
+        self.readiness.receiving(token, socket);
+        if self.has_at_most(RECEIVED_BY_CALLS) && self.receive_at_once(token, socket) {
             return;
         }
         let entry = opcode::Recv::new(fd(socket), std::ptr::null_mut(), BUFFER_BYTES)
@@ -351,7 +350,7 @@ impl Engine for Uring {
         } else {
             self.wait_for_ring(sleep)?;
         }
-        self.turn = (self.readiness.news() > 0).then(|| self.told());
+        self.turn = Some(self.told());
         Ok(())
     }
 

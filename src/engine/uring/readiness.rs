@@ -165,9 +165,9 @@ impl Readiness {
         Ok(())
     }
 
-    /// A receive is made. Returns whether the socket is in the set.
-    pub(super) fn receiving(&mut self, token: Token, socket: &OwnedFd) -> bool {
-        let Some((index, side, generation)) = position(token) else { return false };
+    /// A receive is made.
+    pub(super) fn receiving(&mut self, token: Token, socket: &OwnedFd) {
+        let Some((index, side, generation)) = position(token) else { return };
         if index >= self.places.len() {
             self.places.resize(index + 1, [NOWHERE; 2]);
         }
@@ -176,7 +176,6 @@ impl Readiness {
         if (place.fd, place.generation) != (fd, generation) {
             *place = Place { fd, generation, ..NOWHERE };
         }
-        self.set.has(fd)
     }
 
     /// It has completed. `left`: whether it left something, if that is known.

@@ -156,7 +156,7 @@ impl Uring {
         if self.told() == 0 { self.settle() } else { Ok(()) }
     }
 
-    /// Receives now: a call for one of a few messages costs less than a request and its share of an
+    /// Receives now: a call for one of some messages costs less than a request and its share of an
     /// entry. False if that is to be done by a request.
     pub(super) fn receive_at_once(&mut self, token: Token, socket: &OwnedFd) -> bool {
         let Some((result, more)) = self.buffers.receive(socket) else { return false };
