@@ -9,6 +9,7 @@
 mod forged;
 mod support;
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
 use nsplice::config::SocketOptions;
 use nsplice::engine::uring::Uring;
@@ -29,7 +31,7 @@ use support::calls::{SIOCATMARK, int_ioctl};
 use support::streams::{Random, accept, connect, send_at_once, wait_for_end};
 use support::{Forwarder, Launch, Netns, PATIENCE, Process, eventually, namespaces};
 
-/// More connections than an engine sends on by calls when all of them have a message.
+/// Connections of a worker.
 const BUSY: usize = 4;
 /// Messages after which a socket surely is in the set.
 const ROUNDS: usize = 10;
@@ -166,6 +168,9 @@ fn send_messages(worker: &mut Worker, far: &mut [TcpStream], rounds: usize) {
         }
         let mut readable: Vec<_> = far.iter().map(|_| worker.next()).collect();
         readable.sort_by_key(|(slot, _)| *slot);
+        if worker.by_ring {
+            assert!(worker.engine.completion().is_none());
+        }
         for (slot, (index, outcome)) in readable.into_iter().enumerate() {
             assert!(matches!(outcome, Outcome::Readable(Ok(false))), "{outcome:?}");
             assert_eq!(index, slot);
@@ -435,6 +440,33 @@ fn what_is_behind_an_early_message_is_told() {
 }
 
 #[test]
+fn the_ring_receives_when_no_buffer_for_calls_is_left() {
+    busy(|worker, far| {
+        let mut held = Vec::new();
+        for message in 0..1000_u32 {
+            worker.wait_for(0);
+            far[0].write_all(&message.to_le_bytes()).unwrap();
+            assert_eq!(worker.told(0), Ok(false));
+            let buffer = loop {
+                worker.engine.recv(worker.token(0, Op::Recv), &worker.near[0]);
+                match worker.next().1 {
+                    Outcome::Received { result: Ok(Some(buffer)), .. } => break buffer,
+                    // The ring had none, and has more now.
+                    Outcome::Received { result: Err(Errno::EINTR), .. } => {}
+                    outcome => panic!("message {message}: {outcome:?}"),
+                }
+            };
+            assert_eq!(buffer.len(), 4);
+            held.push(buffer);
+        }
+        let ids: BTreeSet<_> = held.iter().map(Buffer::id).collect();
+        assert_eq!(ids.len(), held.len(), "a buffer was given twice");
+        held.into_iter().for_each(|buffer| worker.engine.give_back(buffer));
+        send_messages(worker, far, 2);
+    });
+}
+
+#[test]
 fn what_the_ring_tells_ends_a_sleep_for_the_set() {
     busy(|worker, _far| {
         worker.wait_for(1);
@@ -673,17 +705,46 @@ impl Busy {
 fn ends_and_resets_behind_bytes_are_passed_on_by_a_busy_worker() {
     namespaces!(clients, targets);
     for reset in [false, true] {
-        let Busy { forwarder, pairs } = Busy::start(&clients, &targets, 32);
+        // More than it receives by calls.
+        let Busy { forwarder, pairs } = Busy::start(&clients, &targets, 96);
         let mut got = MESSAGE;
-        for (mut client, mut server) in pairs {
+        let (clients, servers): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
+        let connector = forwarder.connector();
+        connector.stop();
+        for mut client in clients {
             client.write_all(&MESSAGE).unwrap();
             end(client, reset);
+        }
+        connector.signal(Signal::SIGCONT);
+        for mut server in servers {
             server.read_exact(&mut got).unwrap();
             let ended = server.read(&mut got).map_err(|error| error.raw_os_error());
             assert_eq!(ended, if reset { Err(Some(libc::ECONNRESET)) } else { Ok(0) });
         }
         forwarder.stop().assert_clean();
     }
+}
+
+#[test]
+fn urgent_bytes_keep_their_places_in_a_turn_with_many() {
+    namespaces!(clients, targets);
+    let Busy { forwarder, pairs } = Busy::start(&clients, &targets, 96);
+    let connector = forwarder.connector();
+    let marked = |index: usize| -> Marked {
+        (0..8).map(|place| ((index + place) as u8, place == index % 9)).collect()
+    };
+    for _ in 0..10 {
+        connector.stop();
+        for (index, (client, _)) in pairs.iter().enumerate() {
+            write_marked(client, &marked(index));
+        }
+        connector.signal(Signal::SIGCONT);
+        for (index, (_, server)) in pairs.iter().enumerate() {
+            setsockopt(server, sockopt::OobInline, &true).unwrap();
+            assert_eq!(read_marked(server, 8), marked(index), "connection {index}");
+        }
+    }
+    forwarder.stop().assert_clean();
 }
 
 #[test]

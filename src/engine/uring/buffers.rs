@@ -24,7 +24,7 @@ use crate::flow::half::BUFFER_BYTES;
 const MAX_BUFFERS: u16 = 8192;
 
 /// Buffers besides those, which the kernel is not given, for receives that are made at once: of one
-/// turn, while those of the last are being sent.
+/// turn, while those of the last are being sent. Where full sinks hold them all, the ring receives.
 const OWN_BUFFERS: u16 = 2 * RECEIVED_BY_CALLS as u16;
 
 /// Buffers provided at the start, and again for each so many receives that found none in a turn.

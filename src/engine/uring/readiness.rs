@@ -5,13 +5,13 @@
 //! for, and one epoll_wait(2) for all tells it, once a turn, with the state each socket is in then:
 //! also whether an urgent byte is announced.
 //!
-//! The set reports changes (edge-triggered): what is there already is not reported again. So a
-//! socket is waited for here only after a receive that left nothing in it, and otherwise by a wait
-//! of its own. The ring tells whether a receive left something. A plain recv(2) does not: if it did
-//! not fill its buffer, it left nothing of what had come before the last report, unless that told
-//! of more than bytes; an urgent byte ends a receive that is before it, and the end of the stream
-//! is left by one that has bytes. What comes after a report is reported anew
-//! (tests/kernel/reading.rs).
+//! The set reports changes (edge-triggered): what is there already is not reported again, but when
+//! a socket joins. So in the set it is waited for only after a receive that left nothing in it, and
+//! otherwise by a wait of its own. The ring tells whether a receive left something. A plain recv(2)
+//! does not: if it did not fill its buffer, it left nothing of what had come before the last
+//! report, unless that told of more than bytes; an urgent byte ends a receive that is before it,
+//! and the end of the stream is left by one that has bytes. What comes after a report is reported
+//! anew (tests/kernel/reading.rs).
 //!
 //! Receives are noted when they are taken from the ring, which is before the set is read: so no
 //! report is of bytes that a receive has taken which is not known yet. A failure is no byte, and a
@@ -75,7 +75,7 @@ enum State {
     Barred,
     /// It is in the set, and there may be something to read.
     Unknown,
-    /// What comes is reported; nothing was there before.
+    /// What comes is reported; nothing was there before, or it will be reported, too.
     Empty,
     /// A request waits for that.
     Awaited,

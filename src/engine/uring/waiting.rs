@@ -16,7 +16,6 @@ use super::setup::{decode_result, errno_of};
 use super::{Uring, timespec};
 use crate::engine::{Buffer, Completion, Engine, Outcome, Sleep, Token};
 use crate::flow::Op;
-use crate::flow::half::BUFFER_BYTES;
 
 /// From the kernel's `io_uring.h`; the crate keeps them to itself.
 const ENTER_GETEVENTS: u32 = 1 << 0;
@@ -164,9 +163,8 @@ impl Uring {
             Ok(buffer) => Ok(buffer.as_ref().map_or(0, Buffer::len)),
             Err(errno) => Err(*errno),
         };
-        // It was not asked what a short receive has left: `Readiness` need not know.
-        let left = (length == Ok(BUFFER_BYTES)).then_some(more);
-        self.readiness.received(token, length, left);
+        // What a short receive has left was not asked, and a full one says enough.
+        self.readiness.received(token, length, None);
         self.done.push_back(Completion { token, outcome: Outcome::Received { result, more } });
         true
     }
