@@ -122,12 +122,17 @@ impl Worker {
     }
 
     #[track_caller]
-    fn receive(&mut self, slot: usize) -> (Result<Option<u32>, Errno>, bool) {
+    fn begin_to_receive(&mut self, slot: usize) {
         if self.by_ring {
             // The turn is over then.
             assert!(self.engine.completion().is_none());
         }
         self.engine.recv(self.token(slot, Op::Recv), &self.near[slot]);
+    }
+
+    #[track_caller]
+    fn receive(&mut self, slot: usize) -> (Result<Option<u32>, Errno>, bool) {
+        self.begin_to_receive(slot);
         let (index, outcome) = self.next();
         let Outcome::Received { result, more } = outcome else { panic!("{outcome:?}") };
         assert_eq!(index, slot);
@@ -168,13 +173,10 @@ fn send_messages(worker: &mut Worker, far: &mut [TcpStream], rounds: usize) {
         }
         let mut readable: Vec<_> = far.iter().map(|_| worker.next()).collect();
         readable.sort_by_key(|(slot, _)| *slot);
-        if worker.by_ring {
-            assert!(worker.engine.completion().is_none());
-        }
         for (slot, (index, outcome)) in readable.into_iter().enumerate() {
             assert!(matches!(outcome, Outcome::Readable(Ok(false))), "{outcome:?}");
             assert_eq!(index, slot);
-            worker.engine.recv(worker.token(slot, Op::Recv), &worker.near[slot]);
+            worker.begin_to_receive(slot);
         }
         for _ in &*far {
             let (_, outcome) = worker.next();
@@ -448,7 +450,7 @@ fn the_ring_receives_when_no_buffer_for_calls_is_left() {
             far[0].write_all(&message.to_le_bytes()).unwrap();
             assert_eq!(worker.told(0), Ok(false));
             let buffer = loop {
-                worker.engine.recv(worker.token(0, Op::Recv), &worker.near[0]);
+                worker.begin_to_receive(0);
                 match worker.next().1 {
                     Outcome::Received { result: Ok(Some(buffer)), .. } => break buffer,
                     // The ring had none, and has more now.
